@@ -1,0 +1,1 @@
+"""The one decode loop, its drafters and its controller: token ids in, token ids out."""

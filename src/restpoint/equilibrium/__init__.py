@@ -1,0 +1,45 @@
+"""Predictors of the rest state and the streaming, closed-form fits behind them: pure tensors, no model."""
+
+from restpoint.equilibrium.affine import AffineMap
+from restpoint.equilibrium.features import RandomFeatures
+from restpoint.equilibrium.fitting import (
+    Chunk,
+    FitProgress,
+    FitResult,
+    FitSettings,
+    fit_affine,
+    fit_monge,
+    fit_recurrence,
+    negative_squared_error,
+)
+from restpoint.equilibrium.gram import GramAccumulator, Moments
+from restpoint.equilibrium.predictors import (
+    AffinePredictor,
+    IdentityPredictor,
+    MongePredictor,
+    Predictor,
+    RestPointRecurrence,
+)
+from restpoint.equilibrium.ridge import solve_ridge, solve_ridge_path
+
+__all__ = [
+    "AffineMap",
+    "AffinePredictor",
+    "Chunk",
+    "FitProgress",
+    "FitResult",
+    "FitSettings",
+    "GramAccumulator",
+    "IdentityPredictor",
+    "Moments",
+    "MongePredictor",
+    "Predictor",
+    "RandomFeatures",
+    "RestPointRecurrence",
+    "fit_affine",
+    "fit_monge",
+    "fit_recurrence",
+    "negative_squared_error",
+    "solve_ridge",
+    "solve_ridge_path",
+]

@@ -1,0 +1,1 @@
+"""A causal LM, one layer at a time."""

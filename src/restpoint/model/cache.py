@@ -1,0 +1,141 @@
+"""The key-value cache that makes rollback free: in every row, a token's slot is its position."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a pass writes its keys and values, and how many slots its queries are shown.
+
+    Attributes:
+        length: slots ``0 .. length-1`` are handed to attention; the mask says which of them each query sees.
+        start: first of the consecutive slots written by every row, or None where rows or nodes scatter.
+        slots: the slots written, one per row and query, where ``start`` is None.
+    """
+
+    length: int
+    start: int | None = None
+    slots: Int[Tensor, "batch query"] | None = None
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's preallocated keys and values, shape (batch, heads, capacity, head size)."""
+
+    is_sliding = False
+
+    def __init__(self, owner: "SlotCache"):
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate on first use, when head count, head sizes, dtype and device are known."""
+        batch, capacity = key_states.shape[0], self.owner.capacity
+        self.keys = key_states.new_zeros(batch, key_states.shape[1], capacity, key_states.shape[3])
+        self.values = value_states.new_zeros(batch, value_states.shape[1], capacity, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write at the current address and return the slots that attention may be shown."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.stored
+        address = self.owner.address
+        if address.start is not None:
+            keys.narrow(2, address.start, key_states.shape[2]).copy_(key_states)
+            values.narrow(2, address.start, value_states.shape[2]).copy_(value_states)
+        else:
+            assert address.slots is not None
+            rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
+            slots = address.slots.to(key_states.device)
+            keys[rows, :, slots] = key_states.transpose(1, 2)
+            values[rows, :, slots] = value_states.transpose(1, 2)
+        return keys.narrow(2, 0, address.length), values.narrow(2, 0, address.length)
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values over the whole capacity."""
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def grow(self, capacity: int) -> None:
+        """Enlarge to ``capacity`` slots, keeping what is written."""
+        if not self.is_initialized:
+            return
+        keys, values = self.stored
+        self.keys, self.values = (
+            torch.nn.functional.pad(kept, (0, 0, 0, capacity - kept.shape[2])) for kept in (keys, values)
+        )
+
+    def move(self, row: int, source: Tensor, target: Tensor) -> None:
+        """Copy slots ``source`` of one row to slots ``target``."""
+        if self.is_initialized:
+            for kept in self.stored:
+                kept[row, :, target.to(kept.device)] = kept[row, :, source.to(kept.device)]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes that a model asks for when it builds a mask of its own."""
+        return self.owner.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Slots filled before the pass that is being planned."""
+        return self.owner.seen
+
+    def get_max_length(self) -> int:
+        """No maximum: capacity grows by doubling."""
+        return -1
+
+
+class SlotCache(Cache):
+    """A ``transformers`` cache whose slot is the position, separately for each row.
+
+    Rejecting drafted tokens costs nothing: a row's length is not advanced and later writes land on the stale slots.
+    The nodes of a tree go to consecutive slots with their depths as positions; :meth:`keep` then moves only the
+    accepted path. Rows of different lengths need no compaction.
+
+    Args:
+        depth: number of layers.
+        batch: number of rows.
+        capacity: slots allocated at first; doubles when exceeded.
+    """
+
+    def __init__(self, depth: int, batch: int = 1, capacity: int = 256):
+        super().__init__(layers=[SlotLayer(self) for _ in range(depth)])
+        self.batch = batch
+        self.capacity = capacity
+        self.lengths = [0] * batch
+        self.address = Address(length=0, start=0)
+        self.seen = 0
+        self.lookahead: Any = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write one layer's keys and values; see :meth:`SlotLayer.update`."""
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for ``slots`` slots."""
+        if slots > self.capacity:
+            self.capacity = max(slots, 2 * self.capacity)
+            for layer in self.layers:
+                layer.grow(self.capacity)
+
+    def commit(self, counts: list[int]) -> None:
+        """Advance each row by the number of its newly written tokens that are kept."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep(self, row: int, nodes: list[int]) -> None:
+        """Keep the accepted path of a tree whose nodes were written after ``row``'s length, and commit it."""
+        base = self.lengths[row]
+        moved = [(base + node, base + depth) for depth, node in enumerate(nodes) if node != depth]
+        if moved:
+            source, target = (torch.tensor(side) for side in zip(*moved, strict=True))
+            for layer in self.layers:
+                layer.move(row, source, target)
+        self.lengths[row] = base + len(nodes)

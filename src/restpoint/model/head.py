@@ -1,0 +1,87 @@
+"""From the last layer's output to logits: found at load, checked against the model's own logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from restpoint.model.stack import LayerStack
+
+
+class Head:
+    """The modules after the stack, and the unembedding with what follows it.
+
+    ``logits = after(unembedding(rest_state(h_L)))``, where the *rest state* is what the modules after the stack (final
+    norm, output projection) make of h_L: the vector that the unembedding reads.
+
+    Where these pieces cannot reproduce the model's logits, ``direct`` is False and logits come by injection: the
+    model's own forward with h_L in place of its layers' output. That is exact for every family, and slower.
+
+    Args:
+        stack: the model's layer stack.
+        hidden: an h_L, as calibration input.
+        tail: modules that the model ran after its last layer, in order.
+        raw: output of the unembedding in that pass.
+        logits: the model's logits in that pass.
+    """
+
+    def __init__(self, stack: LayerStack, hidden: Tensor, tail: list[nn.Module], raw: Tensor | None, logits: Tensor):
+        self.stack = stack
+        self.unembedding = stack.model.get_output_embeddings()
+        self.tail = [module for module in tail if module is not self.unembedding]
+        self.after: Callable[[Tensor], Tensor] | None = None
+        self.direct = False
+        if raw is None or not isinstance(self.unembedding, nn.Linear):
+            return
+        scale = float(logits.float().abs().max()) + 1.0
+        tolerance = 4 * torch.finfo(logits.dtype).eps * scale
+        config = stack.model.config.get_text_config(decoder=True)
+        self.after = min(
+            _candidates(config), key=lambda after: float((after(raw).float() - logits.float()).abs().max())
+        )
+        with torch.no_grad():
+            difference = (self._direct(hidden).float() - logits.float()).abs().max()
+        self.direct = bool(difference <= tolerance)
+
+    def rest_state(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch rest"]:
+        """What the unembedding reads: the final norm (and projection) of h_L."""
+        for module in self.tail:
+            hidden = module(hidden)
+        return hidden
+
+    def unembed(
+        self, rest: Float[Tensor, "*batch rest"], weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Float[Tensor, "*batch vocab"]:
+        """Logits of rest states, over the whole vocabulary or over the rows in ``weight`` (see :meth:`rows`)."""
+        assert self.after is not None and isinstance(self.unembedding, nn.Linear)
+        if weight is None:
+            return self.after(self.unembedding(rest))
+        return self.after(nn.functional.linear(rest, weight, bias))
+
+    def rows(self, tokens: Int[Tensor, " tokens"]) -> tuple[Tensor, Tensor | None]:
+        """Unembedding weight and bias of some tokens only, copied so that they lie together in memory."""
+        assert isinstance(self.unembedding, nn.Linear)
+        bias = self.unembedding.bias
+        index = tokens.to(self.unembedding.weight.device)
+        return self.unembedding.weight[index].contiguous(), None if bias is None else bias[index].contiguous()
+
+    def logits(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
+        """Next-token logits of states after the last layer."""
+        return self._direct(hidden) if self.direct else self.stack.injected_logits(hidden)
+
+    def _direct(self, hidden: Tensor) -> Tensor:
+        return self.unembed(self.rest_state(hidden))
+
+
+def _candidates(config: Any) -> list[Callable[[Tensor], Tensor]]:
+    """What families do to raw logits, from config values; which one holds is decided numerically."""
+    candidates: list[Callable[[Tensor], Tensor]] = [lambda raw: raw]
+    if cap := getattr(config, "final_logit_softcapping", None):
+        candidates.append(lambda raw: torch.tanh(raw / cap) * cap)
+    if divisor := getattr(config, "logits_scaling", None):
+        candidates.append(lambda raw: raw / divisor)
+    if factor := getattr(config, "logit_scale", None):
+        candidates.append(lambda raw: raw * factor)
+    return candidates

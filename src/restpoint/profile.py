@@ -1,0 +1,241 @@
+"""Profile: everything that was fitted for one model, in one folder of safetensors and JSON."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from restpoint.decode.control import Calibration
+from restpoint.decode.costs import Costs
+from restpoint.equilibrium.predictors import Predictor
+from restpoint.errors import RestpointError
+from restpoint.model.load import Loaded
+
+_FORMAT = 1
+_JSON, _TENSORS = "profile.json", "profile.safetensors"
+_NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "use_cache", "output_hidden_states")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How well one predictor does.
+
+    Attributes:
+        predictor: its name.
+        exit_layer: layers that run before it.
+        acceptance: mean 1 - TV of the first drafted token against the model, on held-out text.
+        top1: share of positions where its most probable token is the model's, likewise.
+        own_acceptance: the same acceptance on held-out text of the model's own.
+        own_top1: the same share on held-out text of the model's own.
+        multiplications: multiply-adds for one drafted token, the head not counted.
+        expected_speed: expected rate over plain decoding at the measured costs, greedy; None where not measured.
+    """
+
+    predictor: str
+    exit_layer: int
+    acceptance: float
+    top1: float
+    own_acceptance: float
+    own_top1: float
+    multiplications: int
+    expected_speed: float | None = None
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What drafting with one predictor takes and gives.
+
+    Attributes:
+        greedy: acceptance by confidence in greedy decoding.
+        sampling: acceptance by confidence when tokens are sampled at temperature 1.
+        costs: seconds, on the machine that they were measured on.
+    """
+
+    greedy: Calibration
+    sampling: Calibration
+    costs: Costs
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was fitted for one model, bound to it by a fingerprint.
+
+    Attributes:
+        fingerprint: of the model's config, tokenizer and unembedding; another model is refused.
+        model: name that the model was loaded by.
+        chosen: name of the predictor that drafts.
+        predictors: all fitted predictors by name.
+        drafting: calibration and costs, by predictor.
+        vocabulary: tokens that may be drafted, most frequent first; None for all.
+        measured: how well each predictor does.
+        fitted_on: options, number of tokens and hash of the text.
+    """
+
+    fingerprint: str
+    model: str
+    chosen: str
+    predictors: Mapping[str, Predictor]
+    drafting: Mapping[str, Drafting]
+    vocabulary: Tensor | None
+    measured: tuple[Measured, ...] = ()
+    fitted_on: Mapping[str, Any] = field(default_factory=dict)
+
+    def require(self, loaded: Loaded) -> None:
+        """Refuse a model that this profile was not fitted to.
+
+        Raises:
+            RestpointError: the fingerprints differ.
+        """
+        if fingerprint(loaded) != self.fingerprint:
+            raise RestpointError(
+                f"profile: it belongs to another model ({self.model}), not to {loaded.name}: config, tokenizer or "
+                f"unembedding differ; fit one with: restpoint fit {loaded.name} --output FOLDER"
+            )
+
+    def with_costs(self, costs: Costs) -> "Profile":
+        """The same with the chosen predictor's costs measured anew."""
+        drafting = dict(self.drafting)
+        drafting[self.chosen] = replace(drafting[self.chosen], costs=costs)
+        return replace(self, drafting=drafting)
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``profile.json`` and ``profile.safetensors`` to a folder, each complete or not at all.
+
+        Maps are kept in bfloat16, which costs no acceptance that could be measured and half the space.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        configs: dict[str, Any] = {}
+        for name, predictor in self.predictors.items():
+            configs[name], own = predictor.state()
+            tensors |= {f"{name}/{key}": value.to(torch.bfloat16) for key, value in own.items()}
+        if self.vocabulary is not None:
+            tensors["vocabulary"] = self.vocabulary
+        content = _content_hash(tensors)
+        described = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "model": self.model,
+            "chosen": self.chosen,
+            "predictors": configs,
+            "drafting": {name: asdict(drafting) for name, drafting in self.drafting.items()},
+            "measured": [asdict(row) for row in self.measured],
+            "fitted_on": dict(self.fitted_on),
+            "tensors_sha256": content,
+        }
+        temporary = folder / f".{_TENSORS}.tmp"
+        save_file(tensors, temporary)
+        os.replace(temporary, folder / _TENSORS)
+        temporary = folder / f".{_JSON}.tmp"
+        temporary.write_text(json.dumps(described, indent=1) + "\n")
+        os.replace(temporary, folder / _JSON)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Profile":
+        """Read a profile.
+
+        Raises:
+            RestpointError: the folder has none, a file is damaged or cut short, or it was written by a newer version.
+        """
+        folder = Path(folder)
+        missing = [name for name in (_JSON, _TENSORS) if not (folder / name).is_file()]
+        if missing:
+            raise RestpointError(f"profile: {folder} has no {missing[0]}; make one with: restpoint fit --output FOLDER")
+        try:
+            described = json.loads((folder / _JSON).read_text())
+            with safe_open(folder / _TENSORS, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise RestpointError(f"profile: {folder} is damaged or cut short ({reason}); fit it again") from error
+        if described.get("format") != _FORMAT:
+            raise RestpointError(
+                f"profile: {folder} has format {described.get('format')}, this version reads {_FORMAT}; "
+                "update restpoint or fit it again"
+            )
+        try:
+            if described["tensors_sha256"] != _content_hash(tensors):
+                raise RestpointError(f"profile: the two files in {folder} do not belong together; fit it again")
+            predictors = {
+                name: Predictor.from_state(config, _under(name, tensors)).to(dtype=torch.float32)
+                for name, config in described["predictors"].items()
+            }
+            return cls(
+                fingerprint=described["fingerprint"],
+                model=described["model"],
+                chosen=described["chosen"],
+                predictors=predictors,
+                drafting={name: _drafting(entry) for name, entry in described["drafting"].items()},
+                vocabulary=tensors.get("vocabulary"),
+                measured=tuple(Measured(**row) for row in described["measured"]),
+                fitted_on=described["fitted_on"],
+            )
+        except (KeyError, TypeError) as error:
+            raise RestpointError(f"profile: {folder} lacks {error}; fit it again") from error
+
+    def push_to_hub(self, repository: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload to a Hugging Face model repository, made if missing; return the address of the commit."""
+        api = HfApi(token=token)
+        api.create_repo(repository, private=private, exist_ok=True)
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="restpoint profile"))
+
+
+def fingerprint(loaded: Loaded) -> str:
+    """SHA-256 of the model's config, its tokenizer's vocabulary and rows of its unembedding.
+
+    Independent of dtype, device and attention implementation: weights are compared after rounding to bfloat16.
+    """
+    digest = hashlib.sha256()
+    config = {
+        key: value
+        for key, value in loaded.model.config.to_dict().items()
+        if key not in _NOT_THE_MODEL and not key.startswith("_")
+    }
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(sorted(loaded.tokenizer.get_vocab().items())).encode())
+    weight: Tensor = loaded.model.get_output_embeddings().weight
+    rows = torch.linspace(0, weight.shape[0] - 1, 256, device=weight.device).long()
+    digest.update(weight.detach()[rows].to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _drafting(entry: Mapping[str, Any]) -> Drafting:
+    return Drafting(
+        _calibration(entry["greedy"]),
+        _calibration(entry["sampling"]),
+        Costs(**{**entry["costs"], "verify": tuple(entry["costs"]["verify"])}),
+    )
+
+
+def _calibration(entry: Mapping[str, Any]) -> Calibration:
+    (first, later), (first_share, later_share) = entry["acceptance"], entry["share"]
+    return Calibration(
+        tuple(entry["edges"]), (tuple(first), tuple(later)), (tuple(first_share), tuple(later_share))
+    )

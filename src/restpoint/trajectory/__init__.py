@@ -1,0 +1,1 @@
+"""Hidden states along depth and time: recording and, later, measuring them."""
