@@ -75,9 +75,7 @@ def main(data: Path, output: Path) -> None:
 
     candidates = {
         "code": _humaneval_prompts(data, count),
-        "maths": (
-            (f"gsm8k-test/{i}", _question(row)) for i, row in enumerate(_rows(data / "gsm8k-test.jsonl"))
-        ),
+        "maths": ((f"gsm8k-test/{i}", _question(row)) for i, row in enumerate(_rows(data / "gsm8k-test.jsonl"))),
         "prose": _pep_prompts(peps[cut:], count),
         "plays": _play_prompts(play, edge, count),
     }
@@ -91,9 +89,7 @@ def shingles(text: str) -> set[str]:
     return {plain[i : i + SHINGLE] for i in range(len(plain) - SHINGLE + 1)}
 
 
-def _write(
-    output: Path, fit: dict[str, list[str]], prompts: dict[str, list[tuple[str, str]]], count: Count
-) -> None:
+def _write(output: Path, fit: dict[str, list[str]], prompts: dict[str, list[tuple[str, str]]], count: Count) -> None:
     output.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"domain": d, "text": text}, ensure_ascii=False) for d, text in _balanced(fit, count)]
     packed = lzma.compress(("\n".join(lines) + "\n").encode(), preset=9 | lzma.PRESET_EXTREME)
@@ -122,18 +118,14 @@ def _standard_library() -> Iterator[str]:
         if not path.exists():
             path = root / name / "__init__.py"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if (
-            "copyright" not in text.lower()
-        ):  # some modules carry another author's terms; the rest are the PSF's
+        if "copyright" not in text.lower():  # some modules carry another author's terms; the rest are the PSF's
             yield text
 
 
 def _peps(data: Path) -> Iterator[str]:
     with lzma.open(data / "prose.jsonl.xz", "rt", encoding="utf-8") as lines:
         peps = (row["text"] for row in map(json.loads, lines) if row["source"] == "pep")
-        yield from (
-            text for text in peps if "public domain" in text.lower()
-        )  # some old ones have other terms
+        yield from (text for text in peps if "public domain" in text.lower())  # some old ones have other terms
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -160,9 +152,7 @@ def _pep_prompts(peps: Iterable[str], count: Count) -> Iterator[tuple[str, str]]
         if number is None:
             continue
         # One section of each PEP, title included: the first that opens with prose, not with a list.
-        for section in re.finditer(
-            r"^([A-Z][^\n]{3,60})\n([=-])\2{3,}\n\n+(?=[A-Z][a-z])", text, flags=re.MULTILINE
-        ):
+        for section in re.finditer(r"^([A-Z][^\n]{3,60})\n([=-])\2{3,}\n\n+(?=[A-Z][a-z])", text, flags=re.MULTILINE):
             title = section[1].strip()
             if title in ("Copyright", "References", "Footnotes", "Abstract"):
                 continue
@@ -204,9 +194,7 @@ def _held_out(candidates: Iterable[tuple[str, str]], seen: set[str]) -> list[tup
             taken |= own
         if len(kept) == PROMPTS_PER_DOMAIN:
             return kept
-    raise SystemExit(
-        f"only {len(kept)} held-out prompts of {PROMPTS_PER_DOMAIN} found: use less fitting text"
-    )
+    raise SystemExit(f"only {len(kept)} held-out prompts of {PROMPTS_PER_DOMAIN} found: use less fitting text")
 
 
 # --- fitting text ---

@@ -11,9 +11,7 @@ from restpoint.errors import RestpointError
 INPUTS, OUTPUTS = 7, 3
 
 
-def rows(
-    count: int, seed: int = 0, mean: float = 5.0, dtype=torch.float64
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rows(count: int, seed: int = 0, mean: float = 5.0, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, INPUTS, dtype=torch.float64, generator=generator)
     x = x * torch.linspace(0.5, 3, INPUTS, dtype=torch.float64) + mean

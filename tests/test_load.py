@@ -93,9 +93,7 @@ def test_reference_predicts_text_as_its_card_says(reference):
 def test_reference_generates(reference):
     prompt = bundled.prompts("maths")[0].text
     ids = torch.tensor([[0, *reference.tokenizer(prompt)["input_ids"]]])
-    out = reference.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
-    )
+    out = reference.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert out.shape[0] == 1
     assert ids.shape[1] < out.shape[1] <= ids.shape[1] + 12
     assert torch.equal(out[:, : ids.shape[1]], ids)
@@ -199,9 +197,7 @@ def test_unknown_dtype(dtype, near):
 
 def test_unknown_attention():
     message = refusal(attention="spda")
-    assert message.startswith(
-        "attention='spda' is not known (did you mean 'sdpa'?): choose one of sdpa, eager"
-    )
+    assert message.startswith("attention='spda' is not known (did you mean 'sdpa'?): choose one of sdpa, eager")
     assert "did you mean" not in refusal(attention="flash_attention_2")
 
 
@@ -253,9 +249,7 @@ def test_missing_folder_beside_existing_ones(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
 def test_hub_name_without_network(name):
     message = refusal(name)
-    assert message.startswith(
-        f"model '{name}' is neither a folder nor in the local Hub cache, and HF_HUB_OFFLINE"
-    )
+    assert message.startswith(f"model '{name}' is neither a folder nor in the local Hub cache, and HF_HUB_OFFLINE")
     assert message.endswith("unset it to download, give a folder, or use 'reference'")
 
 
@@ -302,9 +296,7 @@ def test_a_file_and_an_empty_folder(tmp_path):
 
 
 def test_encoders_are_refused_by_name(folder):
-    assert "is not a causal language model (bert, BertModel)" in refusal(
-        save(folder, BertModel(BertConfig(**BERT)))
-    )
+    assert "is not a causal language model (bert, BertModel)" in refusal(save(folder, BertModel(BertConfig(**BERT))))
     assert "(bert, BertForMaskedLM)" in refusal(save(folder, BertForMaskedLM(BertConfig(**BERT))))
 
 
@@ -341,9 +333,7 @@ def test_a_missing_head_is_refused_without_a_report_on_the_terminal(folder, capf
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize(
-    "model", [GPT2LMHeadModel(GPT2Config(**GPT2)), LlamaForCausalLM(LlamaConfig(**LLAMA))]
-)
+@pytest.mark.parametrize("model", [GPT2LMHeadModel(GPT2Config(**GPT2)), LlamaForCausalLM(LlamaConfig(**LLAMA))])
 def test_missing_tokenizer(folder, model):
     message = refusal(save(folder, model, with_tokenizer=False))
     assert message.startswith(f"model '{folder}' has no tokenizer: save one beside the weights")

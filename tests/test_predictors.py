@@ -86,9 +86,7 @@ def test_linear_dynamics_are_recovered_and_every_position_has_the_same_map():
 
 def test_later_maps_are_fitted_on_the_earlier_maps_predictions():
     """Against a direct least squares on the predictions, computed without any streaming."""
-    fit = fit_recurrence(
-        stream(curved, 0), stream(curved, 1), (1,), replace(EXACT, strengths=(0.0,), steps=3)
-    )
+    fit = fit_recurrence(stream(curved, 0), stream(curved, 1), (1,), replace(EXACT, strengths=(0.0,), steps=3))
     states = torch.cat([chunk.states[:, :, 1] for chunk in stream(curved, 0)()])
     rest = torch.cat([chunk.rest for chunk in stream(curved, 0)()])
     known = rest
@@ -143,9 +141,7 @@ def test_affine_fit_reads_the_named_layers():
     expected = torch.cat((torch.zeros_like(DEPTH[:HIDDEN]), DEPTH[:HIDDEN]))
     torch.testing.assert_close(both.affine.matrix, expected, atol=1e-6, rtol=0)
     held = next(skip_first(stream(rule, 2))())
-    torch.testing.assert_close(
-        both.predict([held.states[:, :, 0], held.states[:, :, 1]]), held.rest, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(both.predict([held.states[:, :, 0], held.states[:, :, 1]]), held.rest, atol=1e-6, rtol=0)
 
 
 def test_monge_fit_matches_pot():
@@ -156,9 +152,7 @@ def test_monge_fit_matches_pot():
     moments = [x.mean(0), y.mean(0), torch.cov(x.T, correction=0), torch.cov(y.T, correction=0)]
     matrix, offset = ot.gaussian.bures_wasserstein_mapping(*[moment.numpy() for moment in moments])
     torch.testing.assert_close(fit.predictor.affine.matrix, torch.from_numpy(matrix), atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        fit.predictor.affine.offset, torch.from_numpy(offset).flatten(), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(fit.predictor.affine.offset, torch.from_numpy(offset).flatten(), atol=1e-6, rtol=0)
     assert fit.rows == (x.shape[0],)
     ridge = fit_affine(start, stream(linear, 1), (1,), EXACT)
     assert float(ridge.scores.max()) > float(fit.scores.max())
@@ -172,9 +166,7 @@ def test_the_strength_is_chosen_by_the_given_score_on_held_out_rows():
     def small(predicted: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
         return -(predicted - OFFSET - 0.5).square().sum(-1)  # prefers maps that shrink
 
-    fit = fit_recurrence(
-        stream(linear, 0), stream(linear, 1), (0, 1), settings, score=small, progress=seen.append
-    )
+    fit = fit_recurrence(stream(linear, 0), stream(linear, 1), (0, 1), settings, score=small, progress=seen.append)
     assert fit.chosen == (100.0,)
     assert int(fit.scores.argmax()) == 2
     assert {entry.stage for entry in seen} == {"fit", "score"}
@@ -298,9 +290,7 @@ def test_predictor_errors():
     with pytest.raises(RestpointError, match="'oracle'; known kinds are affine, identity, monge, recurrence"):
         Predictor.from_state(config | {"kind": "oracle"}, tensors)
     with pytest.raises(RestpointError, match=r"lacks 'maps\.1\.matrix'"):
-        Predictor.from_state(
-            config, {name: value for name, value in tensors.items() if name != "maps.1.matrix"}
-        )
+        Predictor.from_state(config, {name: value for name, value in tensors.items() if name != "maps.1.matrix"})
     with pytest.raises(RestpointError, match="lacks 'name'"):
         Predictor.from_state({key: value for key, value in config.items() if key != "name"}, tensors)
     with pytest.raises(RestpointError, match="pass previous"):

@@ -23,9 +23,7 @@ from restpoint.transport import (
 )
 
 
-def distribution(
-    *shape: int, seed: int, sparse: float = 0.0, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
+def distribution(*shape: int, seed: int, sparse: float = 0.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weights = -torch.rand(*shape, dtype=torch.float64, generator=generator).log()
     weights = weights * (torch.rand(*shape, dtype=torch.float64, generator=generator) >= sparse)
@@ -88,13 +86,9 @@ def test_law_of_the_code_itself_by_enumerating_a_grid_of_uniforms():
     law = torch.zeros(5, dtype=torch.float64)
     kept = torch.zeros((), dtype=torch.float64)
     for token in range(4):
-        first, second = torch.tensor(
-            list(itertools.product(points.tolist(), points.tolist())), dtype=torch.float64
-        ).T
+        first, second = torch.tensor(list(itertools.product(points.tolist(), points.tolist())), dtype=torch.float64).T
         rows = first.shape[0]
-        outcome = maximal_coupling(
-            torch.full((rows,), token), p.expand(rows, 5), q.expand(rows, 5), first, second
-        )
+        outcome = maximal_coupling(torch.full((rows,), token), p.expand(rows, 5), q.expand(rows, 5), first, second)
         law += q[token] * torch.bincount(outcome.token, minlength=5) / rows
         kept += q[token] * outcome.accepted.double().mean()
         assert bool((outcome.token[outcome.accepted] == token).all())
@@ -224,10 +218,7 @@ def test_batched_gaussians_and_the_small_gram_form_agree():
     y = y[:, :5] * 2 + 1
     batched = wasserstein2_squared(Gaussian.from_samples(x), Gaussian.from_samples(y))
     single = torch.stack(
-        [
-            wasserstein2_squared(Gaussian.from_samples(a), Gaussian.from_samples(b))
-            for a, b in zip(x, y, strict=True)
-        ]
+        [wasserstein2_squared(Gaussian.from_samples(a), Gaussian.from_samples(b)) for a, b in zip(x, y, strict=True)]
     )
     torch.testing.assert_close(batched, single, atol=1e-9, rtol=0)
     torch.testing.assert_close(wasserstein2_squared_samples(x, y), batched, atol=1e-6, rtol=0)

@@ -35,6 +35,9 @@ from restpoint.trajectory.record import continue_texts, pack, states_of
 from restpoint.trajectory.store import StateStore, StoreLayout
 from restpoint.transport.variation import acceptance
 
+_SCORED = 16
+"""Held-out sequences that ridge strengths are compared on."""
+
 Progress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done and how much there is."""
 
@@ -50,8 +53,10 @@ class FitOptions:
     exit_layers: tuple[int, ...] = ()
     """Layers to draft from; empty for 0, a quarter and half of the depth. At 0 no layer runs."""
     features: int = 1536
-    """Random features of the rest-point recurrence; more draft better and slower."""
-    steps: int = 3
+    """Random features of the rest-point recurrence; more draft better and slower. 0 for linear maps only."""
+    feature_layers: tuple[int, ...] = (0,)
+    """Exit layers whose recurrence is fitted with random features too, which takes most of the time."""
+    steps: int = 2
     """Maps of the recurrence, one per drafted position; later positions use the last."""
     vocabulary: int = 2048
     """Tokens that may be drafted, the most frequent of the text; 0 for all. Verification is exact in any case."""
@@ -291,9 +296,7 @@ def _documents(loaded: Loaded, texts: Iterable[str], digest: "hashlib._Hash") ->
         yield ids
 
 
-def _solve(
-    recorded: _Recorded, options: FitOptions, exits: tuple[int, ...], report: Progress
-) -> dict[str, Predictor]:
+def _solve(recorded: _Recorded, options: FitOptions, exits: tuple[int, ...], report: Progress) -> dict[str, Predictor]:
     """Every predictor at every exit layer, in closed form."""
     jobs: list[tuple[str, Callable[[Callable[[FitProgress], None]], Predictor]]] = []
     linear = FitSettings(strengths=(1e-5, 1e-4, 1e-3, 1e-2), features=0, steps=options.steps, seed=options.seed)
@@ -303,7 +306,7 @@ def _solve(
         return recorded.chunks(recorded.fitted)
 
     def held_out() -> Iterator[Chunk]:
-        return recorded.chunks(recorded.held_out)
+        return recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // _SCORED)])
 
     def add(name: str, solve: Callable[[Callable[[FitProgress], None]], Predictor]) -> None:
         jobs.append((name, solve))
@@ -325,7 +328,7 @@ def _solve(
             f"recurrence@{layer}",
             lambda p, reads=reads: fit_recurrence(stream, held_out, reads, linear, progress=p, **shared).predictor,
         )
-        if options.features:
+        if options.features and layer in options.feature_layers:
             add(
                 f"recurrence+features@{layer}",
                 lambda p, reads=reads: fit_recurrence(stream, held_out, reads, lifted, progress=p, **shared).predictor,
@@ -368,7 +371,9 @@ def _measure(recorded: _Recorded, predictor: Predictor, vocabulary: Tensor | Non
             agrees = guess == best[first:]
             accepted = acceptance(law, true[first:])
             if step == 0:
-                totals[int(own)] += torch.stack([accepted.sum(), agrees.sum(), torch.tensor(len(agrees))]).double().cpu()
+                totals[int(own)] += (
+                    torch.stack([accepted.sum(), agrees.sum(), torch.tensor(len(agrees))]).double().cpu()
+                )
             if own or not only_own:
                 stands = stands[-len(agrees) :]
                 counters["greedy"].add(step, confidence[stands], agrees[stands].float())

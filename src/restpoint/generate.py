@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -124,9 +125,7 @@ class Decoder:
             reason = next(refused[name] for name in ("depth", "cached", "rollback") if name in refused)
             self.notes.append(f"decoding plainly, by the model's own forward: {reason}")
             profile = None
-        self.target: Target = (
-            LayeredTarget(self.layered) if self.capabilities.drafts else NativeTarget(self.layered)
-        )
+        self.target: Target = LayeredTarget(self.layered) if self.capabilities.drafts else NativeTarget(self.layered)
         if profile is not None and not self._can_draft(profile):
             profile = None
         self.profile = profile if profile is None else self._with_current_costs(profile)
@@ -228,13 +227,14 @@ class Decoder:
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end a text, from the model's generation config and its tokenizer."""
         config = self.loaded.model.generation_config
-        ends = getattr(config, "eos_token_id", None)
+        ends: Any = getattr(config, "eos_token_id", None)
         if ends is None:
             ends = self.loaded.tokenizer.eos_token_id
         return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
     def _drafter(self, sampler: Sampler, draft_tokens: int | None) -> ExitDrafter:
-        assert self.profile is not None and isinstance(self.target, LayeredTarget)
+        assert self.profile is not None
+        assert isinstance(self.target, LayeredTarget)
         drafting = self.profile.drafting[self.profile.chosen]
         calibration = drafting.greedy if sampler.greedy else drafting.sampling
         return ExitDrafter(
@@ -260,9 +260,7 @@ class Decoder:
         if (costs.device, costs.dtype) == here:
             return profile
         assert isinstance(self.target, LayeredTarget)
-        return profile.with_costs(
-            measure_drafting(self.target, profile.predictors[profile.chosen], profile.vocabulary)
-        )
+        return profile.with_costs(measure_drafting(self.target, profile.predictors[profile.chosen], profile.vocabulary))
 
 
 class _Text:
@@ -271,7 +269,7 @@ class _Text:
     def __init__(self, decoder: Decoder, stop: Sequence[str]):
         if any(not string for string in stop):
             raise RestpointError("stop: a stop string is empty; leave it out or give it at least one character")
-        self.decode = decoder.loaded.tokenizer.decode
+        self.tokenizer = decoder.loaded.tokenizer
         self.stop = tuple(stop)
         self.tokens: list[int] = []
         self.start = 0
@@ -303,16 +301,19 @@ class _Text:
 
     def _new_characters(self, last: bool) -> str:
         """Characters completed by the newest token; an unfinished one (a part of its bytes) waits."""
-        text = self.decode(self.tokens[self.start :], skip_special_tokens=True)
+        text = self._decode()
         if text.endswith("\ufffd") and not last:
             return ""
         new = text[len(self.shown) :]
         if len(self.tokens) - self.start > 32 and new:
             self.start = len(self.tokens) - 4
-            self.shown = self.decode(self.tokens[self.start :], skip_special_tokens=True)
+            self.shown = self._decode()
         else:
             self.shown = text
         return new
+
+    def _decode(self) -> str:
+        return str(self.tokenizer.decode(self.tokens[self.start :], skip_special_tokens=True))
 
     def _possible_start(self) -> int:
         """Length of the longest end of the held text that a stop string begins with."""

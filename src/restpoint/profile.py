@@ -207,7 +207,11 @@ def fingerprint(loaded: Loaded) -> str:
     }
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(json.dumps(sorted(loaded.tokenizer.get_vocab().items())).encode())
-    weight: Tensor = loaded.model.get_output_embeddings().weight
+    unembedding = loaded.model.get_output_embeddings()
+    if unembedding is None:
+        raise RestpointError(f"model: {loaded.name} has no output embeddings; pass a causal LM")
+    weight = unembedding.weight
+    assert isinstance(weight, Tensor)
     rows = torch.linspace(0, weight.shape[0] - 1, 256, device=weight.device).long()
     digest.update(weight.detach()[rows].to(torch.bfloat16).float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -236,6 +240,4 @@ def _drafting(entry: Mapping[str, Any]) -> Drafting:
 
 def _calibration(entry: Mapping[str, Any]) -> Calibration:
     (first, later), (first_share, later_share) = entry["acceptance"], entry["share"]
-    return Calibration(
-        tuple(entry["edges"]), (tuple(first), tuple(later)), (tuple(first_share), tuple(later_share))
-    )
+    return Calibration(tuple(entry["edges"]), (tuple(first), tuple(later)), (tuple(first_share), tuple(later_share)))

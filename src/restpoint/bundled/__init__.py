@@ -57,6 +57,4 @@ def _read_fit_texts(domain: str | None) -> Iterator[str]:
 
 def _check(domain: str | None) -> None:
     if domain is not None and domain not in DOMAINS:
-        raise RestpointError(
-            f"domain={domain!r} is not bundled: choose one of {', '.join(DOMAINS)}, or None for all"
-        )
+        raise RestpointError(f"domain={domain!r} is not bundled: choose one of {', '.join(DOMAINS)}, or None for all")

@@ -95,7 +95,7 @@ class Controller:
     def expected_tokens(self, drafted: int) -> float:
         """Tokens that a round with so many drafted ones emits on average."""
         first, later = (estimate.mean for estimate in self._by_step)
-        return 1 + sum(first * later**index for index in range(drafted))
+        return 1.0 + sum(first * later**index for index in range(drafted))
 
     def seconds(self, drafted: int) -> float:
         """What such a round costs."""

@@ -37,7 +37,11 @@ class Costs:
 
 @torch.inference_mode()
 def measure_costs(
-    target: LayeredTarget, draft_one: Callable[[], object], exit_layer: int = 0, context: int = 128, repeats: int = 7
+    target: LayeredTarget,
+    draft_one: Callable[[], object],
+    exit_layer: int = 0,
+    context: int = 128,
+    repeats: int = 7,
 ) -> Costs:
     """Time passes of every length and one drafted token: medians, warm-up excluded, about a second on a small model.
 

@@ -105,7 +105,9 @@ def decode(
     draft, drafted_at = _NO_DRAFT, began
     outcome = verify(scored.logits, draft, path.tokens, sampler)
     while True:
-        tokens, finished = stopping.cut([*draft.tokens[: outcome.accepted], outcome.next_token], len(path.tokens), prompt)
+        tokens, finished = stopping.cut(
+            [*draft.tokens[: outcome.accepted], outcome.next_token], len(path.tokens), prompt
+        )
         path.tokens.extend(tokens)
         path.rest = None if scored.rest is None else scored.rest[:, outcome.accepted : outcome.accepted + 1]
         spent = drafted_at - began, time.perf_counter() - drafted_at

@@ -56,18 +56,14 @@ class RandomFeatures:
         shift = torch.randn(features, dtype=torch.float64, generator=generator) * 0.5
         mean, deviation = mean.double().cpu(), deviation.double().cpu()
         varies = deviation > 1e-6 * deviation.max()
-        weight = projection * torch.where(
-            varies, deviation.reciprocal(), torch.zeros_like(deviation)
-        ).unsqueeze(-1)
+        weight = projection * torch.where(varies, deviation.reciprocal(), torch.zeros_like(deviation)).unsqueeze(-1)
         return cls(weight, shift - mean @ weight)
 
     def __call__(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch features"]:
         """The features of every row."""
         return functional.linear(x, self.weight.t(), self.bias).relu_()
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "RandomFeatures":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "RandomFeatures":
         """A copy on that device and in that dtype, in the memory order that is fastest there."""
         return type(self)(for_one_row(self.weight.to(device, dtype)), self.bias.to(device, dtype))
 

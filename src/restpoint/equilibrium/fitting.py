@@ -50,9 +50,7 @@ class FitSettings:
         if self.features < 0:
             raise RestpointError(f"features is {self.features}; give 0 for a linear map or a positive number")
         if self.product_precision not in ("auto", "float32", "float64"):
-            raise RestpointError(
-                f"product_precision is {self.product_precision!r}; use auto, float32 or float64"
-            )
+            raise RestpointError(f"product_precision is {self.product_precision!r}; use auto, float32 or float64")
 
     def product_dtype(self, features: int) -> torch.dtype:
         """The dtype of products for a system with that many random features."""
@@ -238,9 +236,7 @@ def fit_recurrence(
         features = _draw_features(pairs(stream), settings)
     fits: list[_MapFit] = []
     for step in range(settings.steps):
-        fit = _fit_map(
-            lambda: pairs(stream), lambda: pairs(held_out), features, settings, score, progress, step
-        )
+        fit = _fit_map(lambda: pairs(stream), lambda: pairs(held_out), features, settings, score, progress, step)
         fits.append(fit)
         maps.append(fit.affine)
     return _result(RestPointRecurrence(state_layers, tuple(maps), features), settings.strengths, fits)
@@ -272,9 +268,7 @@ def _fit_map(
     """One ridge fit: accumulate, solve for every strength, keep the best on held-out rows."""
     gram = _accumulate(pairs(), features, settings, step, progress)
     candidates = solve_ridge_path(gram, settings.strengths, standardise=settings.standardise)
-    return replace(
-        _choose(candidates, held_out(), features, settings, step, score, progress), rows=gram.count
-    )
+    return replace(_choose(candidates, held_out(), features, settings, step, score, progress), rows=gram.count)
 
 
 def _accumulate(
@@ -299,9 +293,7 @@ def _accumulate(
         if progress is not None:
             progress(FitProgress("fit", step, gram.count))
     if gram is None:
-        raise RestpointError(
-            f"the stream gave no row for map {step}; pass sequences longer than {step + 1} tokens"
-        )
+        raise RestpointError(f"the stream gave no row for map {step}; pass sequences longer than {step + 1} tokens")
     return gram
 
 
@@ -323,17 +315,13 @@ def _choose(
         inputs = _lift(x, features)
         values = torch.stack([score(candidate(inputs), y) for candidate in ready])
         if values.shape != (len(ready), x.shape[0]):
-            raise RestpointError(
-                f"score gave {tuple(values.shape[1:])}; return one number for each of {len(x)} rows"
-            )
+            raise RestpointError(f"score gave {tuple(values.shape[1:])}; return one number for each of {len(x)} rows")
         totals += values.sum(1, dtype=torch.float64).cpu()
         rows += x.shape[0]
         if progress is not None:
             progress(FitProgress("score", step, rows))
     if ready is None:
-        raise RestpointError(
-            f"held_out gave no row for map {step}; pass sequences longer than {step + 1} tokens"
-        )
+        raise RestpointError(f"held_out gave no row for map {step}; pass sequences longer than {step + 1} tokens")
     scores = totals / rows
     if not bool(scores.isfinite().all()):
         raise RestpointError(
@@ -367,9 +355,7 @@ def _draw_features(pairs: Iterator[_Pair], settings: FitSettings) -> RandomFeatu
     for x, y in _blocks(pairs, _STANDARDISATION_ROWS):
         require_finite(x, y)
         wide = x.double()
-        drawn = RandomFeatures.draw(
-            wide.mean(0), wide.std(0, correction=0), settings.features, seed=settings.seed
-        )
+        drawn = RandomFeatures.draw(wide.mean(0), wide.std(0, correction=0), settings.features, seed=settings.seed)
         return drawn.to(x.device, x.dtype)
     raise RestpointError("the stream gave no row; pass sequences longer than 1 token")
 

@@ -59,9 +59,7 @@ class GramAccumulator:
         if inputs < 1 or outputs < 1:
             raise RestpointError(f"inputs={inputs} and outputs={outputs} must be positive numbers of columns")
         if product_dtype not in (torch.float32, torch.float64):
-            raise RestpointError(
-                f"product_dtype is {product_dtype}; use torch.float64, or torch.float32 for speed"
-            )
+            raise RestpointError(f"product_dtype is {product_dtype}; use torch.float64, or torch.float32 for speed")
         self.inputs, self.outputs, self.product_dtype = inputs, outputs, product_dtype
         self.count = 0
         self.mean_x = torch.zeros(inputs, dtype=torch.float64, device=device)
@@ -160,9 +158,7 @@ class GramAccumulator:
         mean = rows.mean(0, dtype=torch.float64)
         return (rows - mean.to(rows.dtype)).to(self.product_dtype), mean
 
-    def _fold(
-        self, rows: int, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor | None
-    ) -> None:
+    def _fold(self, rows: int, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor | None) -> None:
         """Chan's update: add another block's centred sums and the spread between the two means."""
         total = self.count + rows
         weight = self.count * rows / total

@@ -47,9 +47,7 @@ class Predictor(ABC):
     def __post_init__(self) -> None:
         layers = self.state_layers
         if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
-            raise RestpointError(
-                f"state_layers is {layers}; name at least one layer, ascending from 0, each once"
-            )
+            raise RestpointError(f"state_layers is {layers}; name at least one layer, ascending from 0, each once")
         if not self.name:
             object.__setattr__(self, "name", f"{self.kind}@{self.exit_layer}")
 
@@ -99,15 +97,12 @@ class Predictor(ABC):
         """
         kind = config.get("kind")
         if kind not in _KINDS:
-            raise RestpointError(
-                f"unknown predictor kind {kind!r}; known kinds are {', '.join(sorted(_KINDS))}"
-            )
+            raise RestpointError(f"unknown predictor kind {kind!r}; known kinds are {', '.join(sorted(_KINDS))}")
         try:
             return _KINDS[kind]._build(config, tensors)
         except KeyError as error:
             raise RestpointError(
-                f"the state of a {kind!r} predictor lacks {error.args[0]!r}; "
-                "pass both halves of state() unchanged"
+                f"the state of a {kind!r} predictor lacks {error.args[0]!r}; pass both halves of state() unchanged"
             ) from error
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -141,9 +136,7 @@ class IdentityPredictor(Predictor):
         """None."""
         return 0
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "IdentityPredictor":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "IdentityPredictor":
         """Itself: it has no tensor."""
         return self
 
@@ -181,9 +174,7 @@ class AffinePredictor(Predictor):
         """The entries of the matrix."""
         return self.affine.multiplications
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "AffinePredictor":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "AffinePredictor":
         """A copy on that device and in that dtype."""
         return replace(self, affine=self.affine.to(device, dtype))
 
@@ -233,9 +224,7 @@ class RestPointRecurrence(Predictor):
             raise RestpointError("maps is empty; give one affine map per drafted position, at least one")
         shapes = {tuple(affine.matrix.shape) for affine in self.maps}
         if len(shapes) > 1:
-            raise RestpointError(
-                f"maps have different shapes {sorted(shapes)}; fit them all on the same inputs"
-            )
+            raise RestpointError(f"maps have different shapes {sorted(shapes)}; fit them all on the same inputs")
         if self.features is not None and sum(self.features.weight.shape) != self.maps[0].matrix.shape[0]:
             raise RestpointError(
                 f"maps take {self.maps[0].matrix.shape[0]} inputs but features give "
@@ -250,9 +239,7 @@ class RestPointRecurrence(Predictor):
     ) -> Float[Tensor, "*batch rest"]:
         """One step of the recurrence; five tensor operations with features, two without."""
         if previous is None:
-            raise RestpointError(
-                f"{self.name} is recurrent: pass previous, the rest state of the position before"
-            )
+            raise RestpointError(f"{self.name} is recurrent: pass previous, the rest state of the position before")
         x = torch.cat((*states, previous), -1)
         if self.features is not None:
             x = torch.cat((x, self.features(x)), -1)
@@ -262,9 +249,7 @@ class RestPointRecurrence(Predictor):
         """The entries of one position's matrix, and of the features'."""
         return self.maps[0].multiplications + (0 if self.features is None else self.features.multiplications)
 
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "RestPointRecurrence":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "RestPointRecurrence":
         """A copy on that device and in that dtype."""
         features = None if self.features is None else self.features.to(device, dtype)
         return replace(self, maps=tuple(affine.to(device, dtype) for affine in self.maps), features=features)
@@ -291,9 +276,7 @@ class RestPointRecurrence(Predictor):
     @classmethod
     def _build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RestPointRecurrence":
         positions = range(config["maps"])
-        maps = tuple(
-            AffineMap(tensors[f"maps.{i}.matrix"], tensors[f"maps.{i}.offset"]).to() for i in positions
-        )
+        maps = tuple(AffineMap(tensors[f"maps.{i}.matrix"], tensors[f"maps.{i}.offset"]).to() for i in positions)
         features = None
         if config["features"]:
             features = RandomFeatures(tensors["features.weight"], tensors["features.bias"]).to()

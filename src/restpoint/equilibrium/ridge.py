@@ -51,9 +51,7 @@ def solve_ridge_path(
     """
     bad = [strength for strength in strengths if not 0 <= strength < float("inf")]
     if bad:
-        raise RestpointError(
-            f"strengths must be finite and not negative, got {bad[0]}; a usual grid is 1e-6 to 1e-1"
-        )
+        raise RestpointError(f"strengths must be finite and not negative, got {bad[0]}; a usual grid is 1e-6 to 1e-1")
     moments = gram.moments()
     variances = moments.covariance_xx.diagonal().clone()
     average = variances.mean()

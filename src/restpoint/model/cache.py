@@ -50,9 +50,10 @@ class SlotLayer(CacheLayerMixin):
             keys.narrow(2, address.start, key_states.shape[2]).copy_(key_states)
             values.narrow(2, address.start, value_states.shape[2]).copy_(value_states)
         else:
-            assert address.slots is not None
+            slots = address.slots
+            assert slots is not None
             rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
-            slots = address.slots.to(key_states.device)
+            slots = slots.to(key_states.device)
             keys[rows, :, slots] = key_states.transpose(1, 2)
             values[rows, :, slots] = value_states.transpose(1, 2)
         return keys.narrow(2, 0, address.length), values.narrow(2, 0, address.length)
@@ -60,7 +61,8 @@ class SlotLayer(CacheLayerMixin):
     @property
     def stored(self) -> tuple[Tensor, Tensor]:
         """Keys and values over the whole capacity."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def grow(self, capacity: int) -> None:
@@ -105,7 +107,8 @@ class SlotCache(Cache):
     """
 
     def __init__(self, depth: int, batch: int = 1, capacity: int = 256):
-        super().__init__(layers=[SlotLayer(self) for _ in range(depth)])
+        self.slot_layers = [SlotLayer(self) for _ in range(depth)]
+        super().__init__(layers=list(self.slot_layers))
         self.batch = batch
         self.capacity = capacity
         self.lengths = [0] * batch
@@ -117,13 +120,13 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write one layer's keys and values; see :meth:`SlotLayer.update`."""
-        return self.layers[layer_idx].update(key_states, value_states)
+        return self.slot_layers[layer_idx].update(key_states, value_states)
 
     def reserve(self, slots: int) -> None:
         """Make room for ``slots`` slots."""
         if slots > self.capacity:
             self.capacity = max(slots, 2 * self.capacity)
-            for layer in self.layers:
+            for layer in self.slot_layers:
                 layer.grow(self.capacity)
 
     def commit(self, counts: list[int]) -> None:
@@ -136,6 +139,6 @@ class SlotCache(Cache):
         moved = [(base + node, base + depth) for depth, node in enumerate(nodes) if node != depth]
         if moved:
             source, target = (torch.tensor(side) for side in zip(*moved, strict=True))
-            for layer in self.layers:
+            for layer in self.slot_layers:
                 layer.move(row, source, target)
         self.lengths[row] = base + len(nodes)

@@ -77,8 +77,8 @@ def check(layered: LayeredModel, seed: int = 0) -> Capabilities:
 
     Every check compares with ``model(ids)`` in the model's own dtype. The tolerance is 16 times the rounding noise,
     which is what the model's own cached and uncached passes differ by (at least 2 units in the last place and 1e-5 of
-    the largest logit). A check is only believed where it could have failed: changing one earlier token must move the last
-    logits by more than 4 tolerances, else the capability is refused as not established.
+    the largest logit). A check is only believed where it could have failed: changing one earlier token must move the
+    last logits by more than 4 tolerances, else the capability is refused as not established.
 
     Args:
         layered: the model.
@@ -162,7 +162,7 @@ def _judge(calibration: _Calibration, name: str, run: Callable[[_Calibration], f
         return Capability(False, None, tolerance, reason)
     try:
         difference = run(calibration)
-    except Exception as error:  # noqa: BLE001  # a family's own code may raise anything; the reason is reported
+    except Exception as error:  # a family's own code may raise anything; the reason is reported
         first_line = (str(error).splitlines() or [""])[0]
         return Capability(False, None, tolerance, f"{type(error).__name__}: {first_line}"[:160])
     if not difference <= tolerance:

@@ -55,11 +55,13 @@ class Head:
         self, rest: Float[Tensor, "*batch rest"], weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Float[Tensor, "*batch vocab"]:
         """Logits of rest states, over the whole vocabulary or over the rows in ``weight`` (see :meth:`rows`)."""
-        assert self.after is not None and isinstance(self.unembedding, nn.Linear)
+        assert self.after is not None
+        assert isinstance(self.unembedding, nn.Linear)
         if weight is None:
             return self.after(self.unembedding(rest))
         return self.after(nn.functional.linear(rest, weight, bias))
 
+    @torch.no_grad()
     def rows(self, tokens: Int[Tensor, " tokens"]) -> tuple[Tensor, Tensor | None]:
         """Unembedding weight and bias of some tokens only, copied so that they lie together in memory."""
         assert isinstance(self.unembedding, nn.Linear)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -73,10 +73,15 @@ class LayeredModel:
         self.stack = LayerStack(model)
         self.depth = len(self.stack.layers)
         self.config = model.config.get_text_config(decoder=True)
-        self.device = model.get_input_embeddings().weight.device
-        self.dtype = model.dtype
+        self.embedding = cast(nn.Embedding, model.get_input_embeddings())
+        self.device: torch.device = self.embedding.weight.device
+        self.dtype: torch.dtype = model.dtype
         self.work = Work()
-        self.vocabulary_size = int(model.get_output_embeddings().weight.shape[0])
+        unembedding = model.get_output_embeddings()
+        if unembedding is None:
+            raise RestpointError(f"model: {type(model).__name__} has no output embeddings; pass a causal LM")
+        self.unembedding = cast(nn.Linear, unembedding)
+        self.vocabulary_size = int(self.unembedding.weight.shape[0])
         self.head = self._calibrate()
         self.mask_kinds = self._read_masks()
         self.embedding_scale = self._embedding_scale()
@@ -151,21 +156,21 @@ class LayeredModel:
             skip: layers that are left out.
             keep: a list that receives the state after every layer that is run.
         """
-        hidden = plan.hidden if hidden is None else hidden
+        state = plan.hidden if hidden is None else hidden
         if plan.cache is not None:
             plan.cache.address = plan.address
-        tokens = hidden.shape[0] * hidden.shape[1]
+        tokens = state.shape[0] * state.shape[1]
         layers = self.stack.layers
         for index in range(start, self.depth if stop is None else stop):
             if index in skip:
                 continue
-            output = layers[index](hidden, **plan.arguments[index])
-            hidden = output[0] if isinstance(output, tuple) else output
+            output = layers[index](state, **plan.arguments[index])
+            state = output[0] if isinstance(output, tuple) else output
             self.work.layer_calls += 1
             self.work.token_layers += tokens
             if keep is not None:
-                keep.append(hidden)
-        return hidden
+                keep.append(state)
+        return state
 
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
@@ -176,7 +181,7 @@ class LayeredModel:
     def embed(self, ids: Int[Tensor, "batch seq"], start: int = 0) -> Float[Tensor, "batch seq hidden"]:
         """h_0 of tokens at consecutive positions from ``start`` on; no layer is run."""
         if self.embedding_scale is not None:
-            embedded = self.model.get_input_embeddings()(ids)
+            embedded = self.embedding(ids)
             return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
         positions = start + torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return self.stack.prelude(ids, positions, None, None).hidden
@@ -192,8 +197,8 @@ class LayeredModel:
             prelude = self.stack.prelude(dummy, positions, cache, self._told_mask(None))
             lookahead = cache.lookahead = Lookahead(base, _LOOKAHEAD, prelude.arguments, self._query_axes or [])
         arguments = lookahead.arguments(base, count)
-        slots = torch.arange(base, base + count, device=ids.device)[None]
-        layout = Layout(slots.expand(ids.shape[0], -1), slots, base + count, uniform=True)
+        slots = torch.arange(base, base + count, device=ids.device).expand(ids.shape)
+        layout = Layout(slots, slots, base + count, uniform=True)
         hidden = self.embed(ids)
         self._replace_masks(arguments, layout, hidden.dtype)
         return Plan(hidden, arguments, cache, _address(layout))
@@ -229,11 +234,14 @@ class LayeredModel:
         outputs: list[Any] = []
         tail: list[nn.Module] = []
         raw: list[Tensor] = []
-        unembedding = self.model.get_output_embeddings()
         hooks = [self.stack.layers[-1].register_forward_hook(lambda _m, _a, output: outputs.append(output))]
         for child in self.stack.owner.children():
             hooks.append(child.register_forward_hook(lambda m, _a, _o: tail.append(m) if outputs else None))
-        hooks.append(unembedding.register_forward_hook(lambda _m, _a, output: raw.append(output)))
+
+        def note_raw(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            raw.append(output)
+
+        hooks.append(self.unembedding.register_forward_hook(note_raw))
         ids = torch.arange(1, 6, device=self.device)[None] % self.vocabulary_size
         try:
             logits = self.model(input_ids=ids, use_cache=False).logits
@@ -271,15 +279,16 @@ class LayeredModel:
             mask = keywords.get("attention_mask")
             self._has_position_bias |= keywords.get("alibi") is not None
             if id(mask) not in kinds:
-                has_mask = isinstance(mask, Tensor) and mask.ndim == 4
-                kinds[id(mask)] = MaskKind.read(mask, past) if has_mask else None
+                kinds[id(mask)] = None
+                if isinstance(mask, Tensor) and mask.ndim == 4:
+                    kinds[id(mask)] = MaskKind.read(mask, past)
         return [kinds[id(keywords.get("attention_mask"))] for keywords in prelude.arguments]
 
     @torch.no_grad()
     def _embedding_scale(self) -> float | None:
-        """s where h_0 = s * embedding(ids) to the last bit at every position, else None."""
+        """S where h_0 = s * embedding(ids) to the last bit at every position, else None."""
         ids = torch.arange(2, 7, device=self.device)[None] % self.vocabulary_size
-        embedded = self.model.get_input_embeddings()(ids)
+        embedded = self.embedding(ids)
         positions = torch.arange(5, device=self.device)[None]
         seen = [self.stack.prelude(ids, positions + shift, None, None).hidden for shift in (0, 3)]
         if any(hidden.shape != embedded.shape for hidden in seen):

@@ -92,9 +92,7 @@ def load(
         RestpointError: in one line, what was wrong, what is allowed and which argument to change.
     """
     _check_choice("dtype", dtype, DTYPES)
-    _check_choice(
-        "attention", attention, ATTENTIONS, "; restpoint gives the layers masks that others do not take"
-    )
+    _check_choice("attention", attention, ATTENTIONS, "; restpoint gives the layers masks that others do not take")
     target = _placement(device, device_map)
     source = _source(name, revision)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -135,13 +133,9 @@ def _placement(device: str, device_map: str | None) -> torch.device:
     """Where the model goes; with a device map, where most of it will be."""
     if device_map is not None:
         if device != "auto":
-            raise RestpointError(
-                f"device={device!r} and device_map={device_map!r} contradict each other: give one"
-            )
+            raise RestpointError(f"device={device!r} and device_map={device_map!r} contradict each other: give one")
         if importlib.util.find_spec("accelerate") is None:
-            raise RestpointError(
-                "device_map needs the package accelerate: pip install accelerate, or give device"
-            )
+            raise RestpointError("device_map needs the package accelerate: pip install accelerate, or give device")
     elif device != "auto":
         return _device(device)
     if torch.cuda.is_available() and device_map != "cpu":
@@ -155,17 +149,11 @@ def _device(device: str) -> torch.device:
     except RuntimeError as error:
         raise RestpointError(f"device={device!r} is not known: use auto, cpu, cuda, cuda:N or mps") from error
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise RestpointError(
-            f"device={device!r}, but torch finds no CUDA GPU here: use device='cpu' or 'auto'"
-        )
+        raise RestpointError(f"device={device!r}, but torch finds no CUDA GPU here: use device='cpu' or 'auto'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise RestpointError(
-            f"device={device!r}, but the last GPU here is cuda:{torch.cuda.device_count() - 1}"
-        )
+        raise RestpointError(f"device={device!r}, but the last GPU here is cuda:{torch.cuda.device_count() - 1}")
     if found.type == "mps" and not torch.backends.mps.is_available():
-        raise RestpointError(
-            f"device={device!r}, but torch finds no Apple GPU here: use device='cpu' or 'auto'"
-        )
+        raise RestpointError(f"device={device!r}, but torch finds no Apple GPU here: use device='cpu' or 'auto'")
     if found.type not in ("cpu", "cuda", "mps"):
         raise RestpointError(f"device={device!r} is not supported: use auto, cpu, cuda, cuda:N or mps")
     return found
@@ -186,9 +174,7 @@ def _source(name: str, revision: str | None) -> str:
         if not (path / "config.json").exists():
             raise RestpointError(f"model folder {name!r} has no config.json: give a Hugging Face checkpoint")
         if revision is not None:
-            raise RestpointError(
-                f"revision={revision!r} is for Hub names, but {name!r} is a folder: leave it out"
-            )
+            raise RestpointError(f"revision={revision!r} is for Hub names, but {name!r} is a folder: leave it out")
         return str(path)
     if _looks_local(name):
         raise RestpointError(
@@ -304,9 +290,7 @@ def _explain(error: Exception, revision: str | None) -> str:
     if "scaled_dot_product_attention" in text:
         return "has no sdpa attention: use attention='eager'"
     if "no file named" in text:
-        return (
-            "has no weights: put model.safetensors or its shards beside config.json, or give another folder"
-        )
+        return "has no weights: put model.safetensors or its shards beside config.json, or give another folder"
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
         return f"is of an unknown type ({_first_sentence(text)}): update transformers, or give another model"
     if "tokenizer" in text.lower():

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 
-class _NotSliceable(Exception):
+class _NotSliceableError(Exception):
     """An argument depends on more than the positions of its queries."""
 
 
@@ -70,21 +70,21 @@ def query_axes(
             }
             for one, other in zip(first, second, strict=True)
         ]
-    except _NotSliceable:
+    except _NotSliceableError:
         return None
 
 
 def _axes(one: Any, other: Any, counts: tuple[int, int], total: int) -> Any:
     if isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim == other.ndim:
         if total in one.shape:
-            raise _NotSliceable
+            raise _NotSliceableError
         varying = [axis for axis in range(one.ndim) if one.shape[axis] != other.shape[axis]]
         if not varying:
             if not torch.equal(one, other):
-                raise _NotSliceable
+                raise _NotSliceableError
             return None
         if len(varying) > 1 or (one.shape[varying[0]], other.shape[varying[0]]) != counts:
-            raise _NotSliceable
+            raise _NotSliceableError
         return varying[0]
     if isinstance(one, tuple | list) and type(one) is type(other) and len(one) == len(other):
         found = tuple(_axes(a, b, counts, total) for a, b in zip(one, other, strict=True))
@@ -92,7 +92,7 @@ def _axes(one: Any, other: Any, counts: tuple[int, int], total: int) -> Any:
     if isinstance(one, Cache) and isinstance(other, Cache):
         return None
     if type(one) is not type(other) or (not callable(one) and one != other):
-        raise _NotSliceable
+        raise _NotSliceableError
     return None
 
 

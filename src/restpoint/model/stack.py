@@ -112,7 +112,11 @@ class LayerStack:
             cache: the cache that the layers will write to, or None for a pass without one.
             mask: what the model is told about visibility; layers' own masks are replaced afterwards.
         """
-        keywords: dict[str, Any] = {"input_ids": ids, self.cache_argument: cache, "use_cache": cache is not None}
+        keywords: dict[str, Any] = {
+            "input_ids": ids,
+            self.cache_argument: cache,
+            "use_cache": cache is not None,
+        }
         if self.takes_positions and positions is not None:
             keywords["position_ids"] = positions
         if mask is not None:

@@ -69,7 +69,8 @@ class StateStore:
         for path in (self._ids_path, self._states_path):
             path.touch()
         self.count = min(
-            self._ids_path.stat().st_size // self._ids_bytes, self._states_path.stat().st_size // self._states_bytes
+            self._ids_path.stat().st_size // self._ids_bytes,
+            self._states_path.stat().st_size // self._states_bytes,
         )
         for path, size in ((self._ids_path, self._ids_bytes), (self._states_path, self._states_bytes)):
             with path.open("r+b") as file:
@@ -84,9 +85,7 @@ class StateStore:
         layout = self.layout
         return layout.length * (len(layout.layers) + 1) * layout.hidden * self._torch_dtype.itemsize
 
-    def append(
-        self, ids: Int[Tensor, "batch seq"], states: Float[Tensor, "batch seq layers hidden"]
-    ) -> None:
+    def append(self, ids: Int[Tensor, "batch seq"], states: Float[Tensor, "batch seq layers hidden"]) -> None:
         """Add whole sequences; the last entry of the ``layers`` axis is the state after the last layer."""
         with self._ids_path.open("ab") as file:
             file.write(_bytes(ids.to(torch.int32)))

@@ -113,9 +113,7 @@ def monge_map(source: Gaussian, target: Gaussian, *, regularisation: float = 1e-
     values, vectors = torch.linalg.eigh(source.covariance)
     average = values.mean(-1, keepdim=True)
     if not bool((average > 0).all()):
-        raise RestpointError(
-            "source has zero variance in every direction; fit it on more than one distinct row"
-        )
+        raise RestpointError("source has zero variance in every direction; fit it on more than one distinct row")
     values = torch.maximum(values, regularisation * average)
     root = (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
     inverse_root = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT

@@ -25,9 +25,7 @@ class Coupling:
     """The drafted token where it was kept, else a draw from the residual. Its law is exactly p."""
 
 
-def total_variation(
-    p: Float[Tensor, "*batch vocab"], q: Float[Tensor, "*batch vocab"]
-) -> Float[Tensor, "*batch"]:
+def total_variation(p: Float[Tensor, "*batch vocab"], q: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     """TV(p, q) = 1/2 sum |p - q|, in [0, 1]: the least probability that coupled draws differ."""
     return (p - q).abs().sum(-1).mul(0.5)
 
@@ -37,9 +35,7 @@ def acceptance(p: Float[Tensor, "*batch vocab"], q: Float[Tensor, "*batch vocab"
     return torch.minimum(p, q).sum(-1)
 
 
-def residual(
-    p: Float[Tensor, "*batch vocab"], q: Float[Tensor, "*batch vocab"]
-) -> Float[Tensor, "*batch vocab"]:
+def residual(p: Float[Tensor, "*batch vocab"], q: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
     """norm((p - q)_+): the law of the token that replaces a rejected draft.
 
     Where p and q agree to rounding (their total variation is below four units of the dtype) the difference is
@@ -138,9 +134,7 @@ def maximal_coupling(
             f"{tuple(q.shape)} {q.dtype}; put the draft probabilities on the target's vocabulary and dtype"
         )
     if p.dtype not in (torch.float32, torch.float64):
-        raise RestpointError(
-            f"p is {p.dtype}, which cannot hold a distribution; pass logits.float().softmax(-1)"
-        )
+        raise RestpointError(f"p is {p.dtype}, which cannot hold a distribution; pass logits.float().softmax(-1)")
     accepted = accepts(draft, p, q, uniform)
     if second_uniform is None:
         second_uniform = torch.rand(draft.shape, dtype=p.dtype, device=p.device, generator=generator)

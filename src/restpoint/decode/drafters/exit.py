@@ -67,7 +67,9 @@ class ExitDrafter(Drafter):
             wanted = controller.another(len(tokens), reach, room)
             if not wanted and (not tokens or layer == 0):
                 break
-            states = self._states(tokens[-1] if tokens else path.pending, len(path.tokens) - 1 + len(tokens), len(tokens))
+            states = self._states(
+                tokens[-1] if tokens else path.pending, len(path.tokens) - 1 + len(tokens), len(tokens)
+            )
             if layer > 0:
                 exits.append(states[-1])
             if not wanted:
@@ -81,7 +83,13 @@ class ExitDrafter(Drafter):
             tokens.append(token if law is None else int(draw(law, self.sampler.uniforms(1)[0])))
             if law is not None:
                 laws.append(law)
-        return Draft(tokens, torch.stack(laws) if laws else None, confidences, layer, torch.cat(exits, 1) if exits else None)
+        return Draft(
+            tokens,
+            torch.stack(laws) if laws else None,
+            confidences,
+            layer,
+            torch.cat(exits, 1) if exits else None,
+        )
 
     def observe(self, draft: Draft, accepted: int) -> None:
         """See :meth:`Drafter.observe`."""

@@ -1,0 +1,356 @@
+"""The command line: verbs as dataclasses, whose fields' docstrings are the help; no logic."""
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
+
+from restpoint import console
+from restpoint.bundled import PROFILE_PATH, fit_texts
+from restpoint.corpus import REFERENCE, model_and_prompt, read_texts
+from restpoint.errors import RestpointError
+from restpoint.evaluate.options import BenchOptions
+
+if TYPE_CHECKING:  # torch and transformers are imported by the verbs that need them: help is there at once
+    from restpoint.decode.sampling import SamplingSettings
+    from restpoint.fit import FitOptions
+    from restpoint.model.load import Loaded
+    from restpoint.profile import Profile
+
+_ABSENT = "\0"  # no argument of a command line can be this
+
+_DESCRIPTION = """Faster decoding of pretrained transformers, with exactly the model's own output.
+
+MODEL is a checkpoint folder, a Hugging Face Hub name, or `reference`, the small bundled model, which is the default and
+needs no network.
+
+Examples:
+  restpoint generate "def fibonacci(n):" --stats    text from the bundled model, and what it cost
+  restpoint check Qwen/Qwen2.5-0.5B                 what restpoint can do with a model
+  restpoint fit MODEL --text corpus.jsonl -o profile/
+  restpoint generate MODEL --profile profile/ "Once upon a time"
+  restpoint bench --quick --plot bench.png          side by side with the baselines, under a minute
+
+`restpoint VERB --help` explains a verb. `--version` prints the version. `--debug`, anywhere, shows the traceback of an
+error. Exit codes: 0 done, 1 a fault of restpoint's own, 2 a request that cannot be met, 130 interrupted."""
+
+Name = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
+Number = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Share = Annotated[float | None, arg(metavar="P", help_behavior_hint="")]
+File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+Folder = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")]
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+Model = Annotated[Positional[str], arg(metavar="[MODEL]")]
+
+
+@dataclass(frozen=True)
+class LoadFlags:
+    """How the model is loaded."""
+
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16; auto is the checkpoint's own on a GPU and float32 on a CPU."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps."""
+    device_map: Name = None
+    """Spread the model over devices, for example `auto`; instead of --device."""
+    revision: Name = None
+    """Branch, tag or commit of a Hub model."""
+    attention: str = "sdpa"
+    """sdpa or eager."""
+    trust_remote_code: Flag = False
+    """Run the Python code that the checkpoint brings along."""
+    threads: Number = None
+    """Processor threads; torch's own choice if left out."""
+
+    def load(self, name: str) -> "Loaded":
+        """Load a model with these flags."""
+        from restpoint.generate import inference_threads
+        from restpoint.model.load import load
+
+        inference_threads(self.threads)
+        how = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "threads"}
+        return load(name, **how)
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are chosen; the defaults decode greedily."""
+
+    temperature: float = 0.0
+    """Softmax temperature; 0 takes the most probable token."""
+    top_k: Number = None
+    """Keep only the k most probable tokens."""
+    top_p: Share = None
+    """Keep the smallest set of tokens whose probability reaches this."""
+    min_p: Share = None
+    """Drop tokens less probable than this share of the most probable one."""
+    repetition_penalty: float = 1.0
+    """Divide the score of tokens already seen by this (above 1 discourages repetition)."""
+    seed: int = 0
+    """Seed of the random numbers; the same seed and settings give the same text."""
+
+    def settings(self) -> "SamplingSettings":
+        """The same for the library."""
+        from restpoint.decode.sampling import SamplingSettings
+
+        return SamplingSettings(**vars(self))
+
+
+@dataclass(frozen=True)
+class FitFlags:
+    """What to fit, on how much text."""
+
+    max_tokens: int = 200_000
+    """Tokens of text to fit on, the model's own included."""
+    own_share: float = 0.35
+    """Share of these that the model writes itself, as continuations of the text."""
+    exit_layers: Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint="")] = ()
+    """Layers to draft from; none given: 0, a quarter and half of the depth. At 0 no layer runs."""
+    features: int = 1536
+    """Random features of the rest-point recurrence; more draft better and slower."""
+    steps: int = 3
+    """Maps of the recurrence, one per drafted position; later positions use the last."""
+    vocabulary: int = 2048
+    """Tokens that may be drafted, the most frequent of the text; 0 for all. Output is exact in any case."""
+    sequence_length: int = 256
+    """Tokens of each recorded sequence."""
+    batch: int = 16
+    """Sequences read at once."""
+    held_out: float = 0.06
+    """Share of the sequences kept aside for ridge strengths, acceptance and calibration."""
+    seed: int = 0
+    """Seed of the random features and of the model's own text."""
+    keep_states: Flag = False
+    """Keep the recorded states on disk afterwards."""
+
+    def options(self) -> "FitOptions":
+        """The same for the library."""
+        from restpoint.fit import FitOptions
+
+        return FitOptions(**vars(self))
+
+
+@dataclass(frozen=True)
+class Check:
+    """Say what restpoint can do with a model, by comparing numbers with the model's own code.
+
+    For example:
+      restpoint check
+      restpoint check gpt2 --json
+    """
+
+    model: Model = REFERENCE
+    """Checkpoint folder, Hub name, or `reference`."""
+    json: Flag = False
+    """Print JSON instead of a table."""
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Load, check, show."""
+        from restpoint.model.check import check
+        from restpoint.model.layered import LayeredModel
+
+        loaded = self.loading.load(self.model)
+        layered = LayeredModel(loaded.model)
+        capabilities = check(layered)
+        if self.json:
+            print(console.capability_json(loaded, capabilities, layered.depth))
+        else:
+            console.show(console.capability_table(loaded, capabilities, layered.depth))
+            console.show(console.verdict(capabilities))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit a profile to a model: predictors, measured costs, calibrated acceptance. An interrupted fit resumes.
+
+    For example:
+      restpoint fit -o profile/
+      restpoint fit MODEL --text corpus.jsonl notes.txt.gz -o profile/ --max-tokens 500000
+    """
+
+    model: Model = REFERENCE
+    """Checkpoint folder, Hub name, or `reference`."""
+    text: Annotated[tuple[Path, ...], arg(metavar="FILE ...", help_behavior_hint="")] = ()
+    """Text to fit on: plain text, or .jsonl with a field `text`; .gz, .xz, .bz2 of either. Bundled text if left out."""
+    output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("profile")
+    """Folder that the profile is written to."""
+    fitting: FitFlags = field(default_factory=FitFlags)
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Read, load, fit, show."""
+        texts = read_texts(self.text) if self.text else fit_texts()
+        options = self.fitting.options()
+        loaded = self.loading.load(self.model)
+        from restpoint.fit import fit
+
+        with console.progress_bars() as progress:
+            report = fit(loaded, texts, options, self.output, progress)
+        console.show(console.fit_table(report))
+        console.show(f"The profile is in {self.output}")
+
+    def interrupted(self) -> str:
+        """How to go on."""
+        return f"the same command resumes from what {self.output} holds"
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt; the text goes to standard output as it comes.
+
+    For example:
+      restpoint generate "def fibonacci(n):" --stats
+      restpoint generate MODEL --profile profile/ --temperature 0.8 --top-p 0.95 "Once upon a time"
+      git diff | restpoint generate MODEL - --max-tokens 60
+    """
+
+    model: Annotated[Positional[str], arg(metavar="[MODEL]", help_behavior_hint=f"(default: {REFERENCE})")] = _ABSENT
+    """Checkpoint folder, Hub name, or `reference`."""
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT", help_behavior_hint="")] = _ABSENT
+    """Text to continue, quoted; - reads standard input. A single word or quoted text is the prompt."""
+    prompt_file: File = None
+    """Read the prompt from a file."""
+    max_tokens: int = 128
+    """Largest number of new tokens."""
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = ()
+    """End before this text."""
+    profile: Folder = None
+    """What `restpoint fit` wrote for this model; the bundled model has one already."""
+    plain: Flag = False
+    """Decode without drafts."""
+    draft_tokens: Number = None
+    """Draft this many tokens in every round; decided round by round if left out."""
+    ignore_end: Flag = False
+    """Go on after the model's end token."""
+    stats: Flag = False
+    """Say on standard error what the text cost: accepted lengths, layers, seconds."""
+    sampling: SamplingFlags = field(default_factory=SamplingFlags)
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Read, load, stream."""
+        words = [word for word in (self.model, self.prompt) if word != _ABSENT]
+        model, prompt = model_and_prompt(words, self.prompt_file)
+        settings = self.sampling.settings()
+        profile = _profile(model, self.profile, self.plain)
+        from restpoint.generate import Decoder
+
+        decoder = Decoder(self.loading.load(model), profile)
+        rounds = console.write_pieces(
+            decoder.stream(
+                prompt,
+                settings,
+                max_tokens=self.max_tokens,
+                stop=self.stop,
+                ignore_end=self.ignore_end,
+                draft_tokens=self.draft_tokens,
+            )
+        )
+        if self.stats:
+            console.show_statistics(decoder, rounds)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure decoding speed side by side with the baselines, and whether the tokens are the model's own.
+
+    For example:
+      restpoint bench --quick
+      restpoint bench MODEL --profile profile/ --plot bench.png --json bench.json --domains code maths
+    """
+
+    model: Model = REFERENCE
+    """Checkpoint folder, Hub name, or `reference`."""
+    profile: Folder = None
+    """What `restpoint fit` wrote for this model; the bundled model has one already."""
+    plot: File = None
+    """Draw a bar chart: .png, .svg or .pdf."""
+    json: File = None
+    """Write conditions and rows as JSON."""
+    measuring: BenchOptions = field(default_factory=BenchOptions)
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Load, measure, show, write."""
+        from restpoint.evaluate import chart
+        from restpoint.evaluate.speed import bench
+        from restpoint.evaluate.table import table
+
+        if self.plot is not None:
+            chart.check_path(self.plot)
+        profile = _profile(self.model, self.profile, plain=False)
+        loaded = self.loading.load(self.model)
+        with console.progress_bars() as progress:
+            report = bench(loaded, profile, self.measuring, progress)
+        console.show(table(report))
+        if self.json is not None:
+            report.write(self.json)
+        if self.plot is not None:
+            chart.draw(report, self.plot)
+
+
+Verb = (
+    Annotated[Check, subcommand("check")]
+    | Annotated[Fit, subcommand("fit")]
+    | Annotated[Generate, subcommand("generate")]
+    | Annotated[Bench, subcommand("bench")]
+)
+
+
+def _profile(model: str, folder: Path | None, plain: bool) -> "Profile | None":
+    """The profile that was asked for, else the bundled one for the bundled model."""
+    if plain and folder is not None:
+        raise RestpointError("--plain and --profile contradict each other: give one")
+    if folder is None and (plain or model != REFERENCE or not PROFILE_PATH.is_dir()):
+        return None
+    from restpoint.profile import Profile
+
+    return Profile.load(folder or PROFILE_PATH)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, 1 (a fault of ours), 2 (a request's), 130 (interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    debug = "--debug" in words[:end]
+    words = [word for word in words[:end] if word != "--debug"] + words[end:]
+    if words == ["--version"]:
+        print(f"restpoint {console.version()}")
+        return 0
+    verb = None
+    try:
+        verb = tyro.cli(
+            Verb,  # pyright: ignore[reportArgumentType]
+            prog="restpoint",
+            description=_DESCRIPTION,
+            args=words or ["--help"],
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+        verb.run()
+        return 0
+    except SystemExit as exit:  # tyro's, after a help text or a wrong option
+        return int(exit.code or 0)
+    except KeyboardInterrupt:
+        console.say("; ".join(["interrupted", *([verb.interrupted()] if isinstance(verb, Fit) else [])]))
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:  # every fault ends in one line; --debug shows where it comes from
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, RestpointError | OSError):
+            console.say(f"error: {error}")
+            return 2
+        console.say(f"internal error: {type(error).__name__}: {error}; --debug shows the traceback")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""What the verbs show: tables and progress on the terminal, JSON for other programs."""
+
+import importlib.metadata
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # these import torch, which a help text can do without
+    from restpoint.decode.loop import Round
+    from restpoint.fit import FitReport
+    from restpoint.generate import Decoder, Piece
+    from restpoint.model.check import Capabilities
+    from restpoint.model.load import Loaded
+
+ReportProgress = Callable[[str, int, int], None]
+"""Called with the stage, how much of it is done and how much there is."""
+
+
+def version() -> str:
+    """The installed version of restpoint."""
+    try:
+        return importlib.metadata.version("restpoint")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def show(what: RenderableType) -> None:
+    """Print to standard output; where that is no terminal, without colours and wide enough for any table."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)
+    console.print(what)
+
+
+def say(line: str) -> None:
+    """Print one line beside the output, to standard error."""
+    print(f"restpoint: {' '.join(line.split())}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bars() -> Iterator[ReportProgress]:
+    """Bars on standard error, one for each stage; none where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            kind = stage.partition(" ")[0]
+            if kind not in tasks:
+                tasks[kind] = bars.add_task(stage, total=total)
+            bars.update(tasks[kind], description=stage, completed=done, total=total)
+
+        yield report
+
+
+def write_pieces(pieces: Iterable["Piece"]) -> list["Round"]:
+    """Write text to standard output as it comes, and return the rounds that it came from."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    rounds: list[Round] = []
+    for piece in pieces:
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        rounds.append(piece.round)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return rounds
+
+
+def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
+    """What a generation cost, on standard error: the text alone is the output."""
+    from restpoint.generate import Statistics
+
+    seen = Statistics.of(rounds)
+    depth = decoder.layered.depth
+    lengths = Counter(len(turn.tokens) for turn in rounds[1:])
+    chosen = "no profile" if decoder.profile is None else f"drafts by {decoder.profile.chosen}"
+    lines = [
+        f"{seen.new_tokens} new tokens in {seen.passes} passes after the prompt's ({chosen}); "
+        f"ended by {rounds[-1].finished}",
+        f"{seen.tokens_per_pass:.2f} tokens a pass, {seen.layers_per_token:.1f} of {depth} layers a token",
+        f"{seen.drafted} tokens drafted, {seen.accepted} accepted"
+        + (f" ({seen.accepted / seen.drafted:.0%})" if seen.drafted else ""),
+        f"prefill {seen.prefill_seconds:.3f} s, drafting {seen.draft_seconds:.3f} s, passes "
+        f"{seen.verify_seconds:.3f} s, {seen.tokens_per_second:.1f} tokens/s",
+        "tokens of each pass: " + " ".join(str(len(turn.tokens)) for turn in rounds[1:]),
+        "passes by tokens: " + ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)),
+    ]
+    for line in [*lines, *decoder.notes]:
+        print(line, file=sys.stderr)
+
+
+def capability_table(loaded: "Loaded", capabilities: "Capabilities", depth: int) -> RenderableType:
+    """What a model can do, with the differences that say so."""
+    table = Table(title=f"{loaded.name}: {loaded.model.config.model_type}, {depth} layers", title_justify="left")
+    table.add_column("capability")
+    table.add_column("supported")
+    table.add_column("difference", justify="right")
+    table.add_column("tolerance", justify="right")
+    table.add_column("reason")
+    for name, found in capabilities.table():
+        difference = "–" if found.difference is None else f"{found.difference:.1e}"
+        mark = Text("yes", "green") if found.supported else Text("no", "red")
+        table.add_row(name, mark, difference, f"{found.tolerance:.1e}", Text(found.reason))
+    return table
+
+
+def verdict(capabilities: "Capabilities") -> str:
+    """What the capabilities mean for decoding, in one line."""
+    if not capabilities.drafts:
+        return "Drafts cannot be verified: this model is decoded plainly, by its own forward."
+    if not capabilities.resume.supported:
+        return "Drafts can be verified, from layer 0 only: verification cannot resume at a later layer."
+    return "Drafts can be verified, from any layer."
+
+
+def capability_json(loaded: "Loaded", capabilities: "Capabilities", depth: int) -> str:
+    """The same for programs."""
+    content = {
+        "model": loaded.name,
+        "model_type": loaded.model.config.model_type,
+        "layers": depth,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "drafts": capabilities.drafts,
+        "capabilities": {name: asdict(found) for name, found in capabilities.table()},
+    }
+    return json.dumps(content, indent=1)
+
+
+def fit_table(report: "FitReport") -> RenderableType:
+    """How well each predictor does, by layer, best expected speed first."""
+    table = Table(title=f"Fitted on {report.tokens:,} tokens", title_justify="left")
+    table.add_column("predictor")
+    for heading in (
+        "layer",
+        "acceptance",
+        "top-1",
+        "own text:\nacceptance",
+        "top-1",
+        "Mmul\na draft",
+        "expected\nspeed",
+    ):
+        table.add_column(heading, justify="right")
+    for row in report.rows:
+        chosen = row.predictor == report.profile.chosen
+        table.add_row(
+            row.predictor + (" (chosen)" if chosen else ""),
+            str(row.exit_layer),
+            f"{row.acceptance:.3f}",
+            f"{row.top1:.3f}",
+            f"{row.own_acceptance:.3f}",
+            f"{row.own_top1:.3f}",
+            f"{row.multiplications / 1e6:.2f}",
+            "–" if row.expected_speed is None else f"{row.expected_speed:.2f}",
+            style="bold" if chosen else "",
+        )
+    return table

@@ -1,0 +1,207 @@
+"""Tokens per second of restpoint and of the baselines, on the same prompts, taking turns."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from restpoint import bundled
+from restpoint.errors import RestpointError
+from restpoint.evaluate.baselines import EarlyExit, HuggingFace, PromptLookup
+from restpoint.evaluate.conditions import conditions
+from restpoint.evaluate.methods import Method, Restpoint, Unsupported
+from restpoint.evaluate.options import BenchOptions
+from restpoint.evaluate.rows import BenchReport, Divergence, Record, rows_of
+from restpoint.generate import Decoder
+from restpoint.model.load import Loaded
+from restpoint.profile import Profile
+
+__all__ = ["PLAIN", "RESTPOINT", "BenchOptions", "BenchReport", "bench"]
+
+PLAIN = "restpoint plain"
+RESTPOINT = "restpoint"
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, how much of it is done and how much there is."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    id: str
+    domain: str
+    ids: list[int]
+
+
+def bench(
+    loaded: Loaded,
+    profile: Profile | None = None,
+    options: BenchOptions | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure every method on the bundled prompts.
+
+    A *lap* takes one prompt of each domain; on each, the methods run one after the other, a different one first every
+    time, so that whatever slows the machine slows all of them. Laps go through the prompts, then repeat them; with a
+    time budget, a lap that would end too late is left out. Warm-up and choice of settings come before and are not
+    timed; baselines are counted by hooks in runs of their own.
+
+    Every method gets the same token ids and makes the same number of tokens, ends of text ignored. Rates are of
+    decoding alone, wall-clock; restpoint's include turning tokens into text, which the baselines need not do.
+
+    Args:
+        loaded: model and tokenizer.
+        profile: what drafts; None leaves only plain decoding and the baselines.
+        options: how much to measure.
+        progress: called as work proceeds.
+
+    Raises:
+        RestpointError: the profile is not the model's, or the model's context is too short for the new tokens.
+    """
+    began = time.perf_counter()
+    options = (options or BenchOptions()).resolved()
+    report = progress or (lambda _stage, _done, _total: None)
+    plain = Decoder(loaded)
+    prompts = _prompts(plain, options)
+    methods: list[Method] = [
+        HuggingFace(loaded, options.temperature),
+        Restpoint(PLAIN, plain, options.temperature),
+        EarlyExit(loaded, options.temperature),
+        PromptLookup(loaded, options.temperature),
+    ]
+    records = {method.name: Record(method.name) for method in methods}
+    notes = list(plain.notes)
+    if profile is None:
+        reason = "not run: no profile given; make one with `restpoint fit` and give --profile"
+        records[RESTPOINT] = Record(RESTPOINT, status=reason)
+    else:
+        drafting = Decoder(loaded, profile)
+        notes = list(drafting.notes)
+        methods.append(Restpoint(RESTPOINT, drafting, options.temperature))
+        records[RESTPOINT] = Record(RESTPOINT, settings=_drafts_by(drafting))
+    _prepare(methods, records, prompts[0][0], options, report)
+    laps = _run(methods, records, prompts, options, began, report)
+    if options.temperature == 0:
+        _compare(loaded, records, {prompt.id: prompt for lap in prompts for prompt in lap})
+    ran = {domain: list[str]() for domain in options.domains}
+    for prompt in (prompt for lap in prompts[:laps] for prompt in lap):
+        ran[prompt.domain].append(prompt.id)
+    dtype = str(plain.layered.dtype).removeprefix("torch.")
+    greedy = options.temperature == 0
+    rows = [
+        row for record in records.values() for row in rows_of(record, records[PLAIN], ran, dtype, greedy, options.seed)
+    ]
+    return BenchReport(conditions(plain, options, laps, len(prompts), notes), tuple(rows))
+
+
+def _prompts(decoder: Decoder, options: BenchOptions) -> list[list[_Prompt]]:
+    """One prompt of each domain for every lap, without repetitions."""
+    new_tokens, count = options.new_tokens or 0, options.prompts or 0
+    context = decoder.loaded.context_length
+    longest = None if context is None else context - new_tokens
+    if longest is not None and longest < 1:
+        raise RestpointError(f"new_tokens is {new_tokens}, but the model's context is {context}; ask for fewer")
+    by_domain: list[list[_Prompt]] = []
+    for domain in options.domains:
+        found = bundled.prompts(domain)
+        if count > len(found):
+            raise RestpointError(f"prompts is {count}, but there are only {len(found)} of each domain; ask for fewer")
+        by_domain.append(
+            [
+                _Prompt(prompt.id, domain, decoder.encode(prompt.text)[-longest if longest else 0 :])
+                for prompt in found[:count]
+            ]
+        )
+    return [list(lap) for lap in zip(*by_domain, strict=True)]
+
+
+def _prepare(
+    methods: list[Method],
+    records: Mapping[str, Record],
+    prompt: _Prompt,
+    options: BenchOptions,
+    report: Progress,
+) -> None:
+    for done, method in enumerate(methods):
+        report(f"warm up {method.name}", done, len(methods))
+        with _noted(records[method.name]):
+            method.prepare(prompt.ids, min(options.new_tokens or 0, 32))
+        records[method.name].settings = records[method.name].settings or method.settings
+    report("warm up", len(methods), len(methods))
+
+
+def _run(
+    methods: list[Method],
+    records: Mapping[str, Record],
+    prompts: list[list[_Prompt]],
+    options: BenchOptions,
+    began: float,
+    report: Progress,
+) -> int:
+    """Run the laps and return how many were completed."""
+    total = len(prompts) * (options.repetitions or 0)
+    steps = len(options.domains) * len(methods)
+    longest = 0.0
+    for lap in range(total):
+        lap_began = time.perf_counter()
+        if options.budget_seconds is not None and lap and lap_began - began + longest > options.budget_seconds:
+            return lap
+        for turn, prompt in enumerate(prompts[lap % len(prompts)]):
+            first = (lap + turn) % len(methods)
+            for place, method in enumerate(methods[first:] + methods[:first]):
+                report("measure", lap * steps + turn * len(methods) + place, total * steps)
+                _run_one(method, records[method.name], prompt, options, repetition=lap // len(prompts))
+        longest = max(longest, time.perf_counter() - lap_began)
+    report("measure", total * steps, total * steps)
+    return total
+
+
+def _run_one(method: Method, record: Record, prompt: _Prompt, options: BenchOptions, repetition: int) -> None:
+    if record.status != "ok":
+        return
+    with _noted(record):
+        seed = options.seed + repetition
+        run = method.run(prompt.ids, options.new_tokens or 0, seed)
+        record.runs.setdefault(prompt.id, []).append(run)
+        if repetition == 0:
+            record.counted[prompt.id] = run if method.counts else method.count(prompt.ids, len(run.tokens), seed)
+
+
+def _drafts_by(decoder: Decoder) -> str:
+    return "decodes plainly" if decoder.profile is None else decoder.profile.chosen
+
+
+@contextmanager
+def _noted(record: Record) -> Iterator[None]:
+    """Let a method that does not work with this model say so in its row."""
+    try:
+        yield
+    except Unsupported as reason:
+        record.status = f"not supported: {reason}"
+
+
+def _compare(loaded: Loaded, records: Mapping[str, Record], prompts: Mapping[str, _Prompt]) -> None:
+    """Hold every run's tokens against the first plain run on the same prompt."""
+    for record in records.values():
+        for prompt, runs in record.runs.items():
+            expected = records[PLAIN].runs[prompt][0].tokens
+            record.identical[prompt] = sum(run.tokens == expected for run in runs)
+            other = next((run.tokens for run in runs if run.tokens != expected), None)
+            if other is not None:
+                index = next(
+                    index for index, pair in enumerate(zip(expected, other, strict=True)) if len(set(pair)) > 1
+                )
+                text = prompts[prompt].ids + expected[:index]
+                record.divergences[prompt] = Divergence(prompt, index, _margin(loaded, text))
+
+
+@torch.inference_mode()
+def _margin(loaded: Loaded, ids: list[int]) -> float:
+    """Largest minus second largest logit of the model's own forward after a text."""
+    model: Any = loaded.model
+    device = model.get_input_embeddings().weight.device
+    logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
+    first, second = logits.float().topk(2).values.tolist()
+    return first - second
