@@ -16,9 +16,7 @@ from restpoint import bundled, cli, console
 from restpoint.cli import main
 from restpoint.decode.control import Calibration
 from restpoint.decode.costs import Costs, device_name
-from restpoint.decode.sampling import SamplingSettings
 from restpoint.equilibrium.predictors import IdentityPredictor
-from restpoint.fit import FitOptions
 from restpoint.generate import Decoder
 from restpoint.model.load import load
 from restpoint.profile import Drafting, Profile, fingerprint
@@ -92,14 +90,10 @@ def test_version(capsys):
 
 
 def test_flags_are_those_of_the_library():
-    for flags, options in ((cli.SamplingFlags, SamplingSettings), (cli.FitFlags, FitOptions)):
-        assert {one.name: one.default for one in fields(flags)} == {one.name: one.default for one in fields(options)}
     keywords = {
         name: one.default for name, one in inspect.signature(load).parameters.items() if one.kind is one.KEYWORD_ONLY
     }
     assert {one.name: one.default for one in fields(cli.LoadFlags) if one.name != "threads"} == keywords
-    assert cli.SamplingFlags(temperature=0.5, top_k=3).settings() == SamplingSettings(temperature=0.5, top_k=3)
-    assert cli.FitFlags(features=7).options() == FitOptions(features=7)
 
 
 # --- generate ---

@@ -69,7 +69,7 @@ def test_unusable_files_are_refused_at_once_by_name(tmp_path, name, content, say
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
-    with pytest.raises(RestpointError, match="text: .*gone.txt does not exist"):
+    with pytest.raises(RestpointError, match=r"text: .*gone.txt does not exist"):
         read_texts([tmp_path / "gone.txt"])
     with pytest.raises(RestpointError, match="is a folder"):
         read_texts([tmp_path])
@@ -116,5 +116,5 @@ def test_a_missing_prompt_is_refused(words, says, monkeypatch):
 def test_two_prompts_are_refused(tmp_path):
     with pytest.raises(RestpointError, match="contradict"):
         model_and_prompt(["gpt2", "Once"], write(tmp_path / "p.txt", "x"))
-    with pytest.raises(RestpointError, match="prompt_file: .* is empty"):
+    with pytest.raises(RestpointError, match=r"prompt_file: .* is empty"):
         model_and_prompt([], write(tmp_path / "e.txt", ""))

@@ -17,7 +17,8 @@ from restpoint.decode.costs import Costs
 from restpoint.decode.draft import Draft, Drafter, Path
 from restpoint.decode.drafters.exit import ExitDrafter
 from restpoint.decode.loop import Round, Stopping, decode
-from restpoint.decode.sampling import Sampler, SamplingSettings
+from restpoint.decode.sampling import Sampler
+from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget
 from restpoint.decode.verify import verify
 from restpoint.equilibrium import AffineMap, AffinePredictor, IdentityPredictor, RestPointRecurrence
@@ -140,7 +141,7 @@ def block_law(
         if weight < 1e-12:
             continue
         script = [0.0] * accepted + [1 - 1e-7] * (count - accepted)
-        bounds = [bisect(lambda u, t=t: outcome(script, u)[1] <= t) for t in range(p_logits.shape[1])]
+        bounds = [bisect(lambda u, t=t, s=script: outcome(s, u)[1] <= t) for t in range(p_logits.shape[1])]
         for token, (low, high) in enumerate(itertools.pairwise([0.0, *bounds])):
             law[accepted, token] = law.get((accepted, token), 0.0) + weight * (high - low)
     return law
@@ -384,7 +385,7 @@ def test_controller_drafts_where_it_pays_and_not_where_it_does_not() -> None:
     good = Controller(rising, Calibration((), ((0.9,), (0.9,)), ((1.0,), (1.0,))))
     assert good.another(0, 1.0, 7)
     assert good.include(0, 1.0, 0.5, 7) > 0
-    assert good.another(3, 0.7, 7)
+    assert good.another(1, 0.9, 7)
     steep = Costs("here", "float32", tuple(1.0 + n for n in range(8)), 0.5)
     bad = Controller(steep, Calibration((), ((0.3,), (0.3,)), ((1.0,), (1.0,))))
     probes = sum(bad.another(0, 1.0, 7) for _ in range(200))

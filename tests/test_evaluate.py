@@ -231,7 +231,7 @@ def test_a_method_that_crashes_says_why_and_leaves_the_model_as_it_was(reference
 
     monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", crash)
     own = reference.model.generation_config
-    with pytest.raises(Unsupported, match="RuntimeError: no such$"):
+    with pytest.raises(Unsupported, match=r"RuntimeError: no such$"):
         EarlyExit(reference).prepare([1, 2, 3], 4)
     assert reference.model.config.num_hidden_layers == 16
     assert reference.model.generation_config is own

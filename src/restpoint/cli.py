@@ -13,12 +13,13 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 from restpoint import console
 from restpoint.bundled import PROFILE_PATH, fit_texts
 from restpoint.corpus import REFERENCE, model_and_prompt, read_texts
+from restpoint.decode.settings import SamplingSettings
 from restpoint.errors import RestpointError
 from restpoint.evaluate.options import BenchOptions
+from restpoint.fit.options import FitOptions
+from restpoint.flags import File, Flag, Folder, Name, Number
 
 if TYPE_CHECKING:  # torch and transformers are imported by the verbs that need them: help is there at once
-    from restpoint.decode.sampling import SamplingSettings
-    from restpoint.fit import FitOptions
     from restpoint.model.load import Loaded
     from restpoint.profile import Profile
 
@@ -39,12 +40,6 @@ Examples:
 `restpoint VERB --help` explains a verb. `--version` prints the version. `--debug`, anywhere, shows the traceback of an
 error. Exit codes: 0 done, 1 a fault of restpoint's own, 2 a request that cannot be met, 130 interrupted."""
 
-Name = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
-Number = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
-Share = Annotated[float | None, arg(metavar="P", help_behavior_hint="")]
-File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
-Folder = Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")]
-Flag = Annotated[bool, arg(help_behavior_hint="")]
 Model = Annotated[Positional[str], arg(metavar="[MODEL]")]
 
 
@@ -75,64 +70,6 @@ class LoadFlags:
         inference_threads(self.threads)
         how = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "threads"}
         return load(name, **how)
-
-
-@dataclass(frozen=True)
-class SamplingFlags:
-    """How tokens are chosen; the defaults decode greedily."""
-
-    temperature: float = 0.0
-    """Softmax temperature; 0 takes the most probable token."""
-    top_k: Number = None
-    """Keep only the k most probable tokens."""
-    top_p: Share = None
-    """Keep the smallest set of tokens whose probability reaches this."""
-    min_p: Share = None
-    """Drop tokens less probable than this share of the most probable one."""
-    repetition_penalty: float = 1.0
-    """Divide the score of tokens already seen by this (above 1 discourages repetition)."""
-    seed: int = 0
-    """Seed of the random numbers; the same seed and settings give the same text."""
-
-    def settings(self) -> "SamplingSettings":
-        """The same for the library."""
-        from restpoint.decode.sampling import SamplingSettings
-
-        return SamplingSettings(**vars(self))
-
-
-@dataclass(frozen=True)
-class FitFlags:
-    """What to fit, on how much text."""
-
-    max_tokens: int = 200_000
-    """Tokens of text to fit on, the model's own included."""
-    own_share: float = 0.35
-    """Share of these that the model writes itself, as continuations of the text."""
-    exit_layers: Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint="")] = ()
-    """Layers to draft from; none given: 0, a quarter and half of the depth. At 0 no layer runs."""
-    features: int = 1536
-    """Random features of the rest-point recurrence; more draft better and slower."""
-    steps: int = 3
-    """Maps of the recurrence, one per drafted position; later positions use the last."""
-    vocabulary: int = 2048
-    """Tokens that may be drafted, the most frequent of the text; 0 for all. Output is exact in any case."""
-    sequence_length: int = 256
-    """Tokens of each recorded sequence."""
-    batch: int = 16
-    """Sequences read at once."""
-    held_out: float = 0.06
-    """Share of the sequences kept aside for ridge strengths, acceptance and calibration."""
-    seed: int = 0
-    """Seed of the random features and of the model's own text."""
-    keep_states: Flag = False
-    """Keep the recorded states on disk afterwards."""
-
-    def options(self) -> "FitOptions":
-        """The same for the library."""
-        from restpoint.fit import FitOptions
-
-        return FitOptions(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -180,18 +117,17 @@ class Fit:
     """Text to fit on: plain text, or .jsonl with a field `text`; .gz, .xz, .bz2 of either. Bundled text if left out."""
     output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("profile")
     """Folder that the profile is written to."""
-    fitting: FitFlags = field(default_factory=FitFlags)
+    fitting: FitOptions = field(default_factory=FitOptions)
     loading: LoadFlags = field(default_factory=LoadFlags)
 
     def run(self) -> None:
         """Read, load, fit, show."""
         texts = read_texts(self.text) if self.text else fit_texts()
-        options = self.fitting.options()
         loaded = self.loading.load(self.model)
-        from restpoint.fit import fit
+        from restpoint.fit.run import fit
 
         with console.progress_bars() as progress:
-            report = fit(loaded, texts, options, self.output, progress)
+            report = fit(loaded, texts, self.fitting, self.output, progress)
         console.show(console.fit_table(report))
         console.show(f"The profile is in {self.output}")
 
@@ -230,14 +166,13 @@ class Generate:
     """Go on after the model's end token."""
     stats: Flag = False
     """Say on standard error what the text cost: accepted lengths, layers, seconds."""
-    sampling: SamplingFlags = field(default_factory=SamplingFlags)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     loading: LoadFlags = field(default_factory=LoadFlags)
 
     def run(self) -> None:
         """Read, load, stream."""
         words = [word for word in (self.model, self.prompt) if word != _ABSENT]
         model, prompt = model_and_prompt(words, self.prompt_file)
-        settings = self.sampling.settings()
         profile = _profile(model, self.profile, self.plain)
         from restpoint.generate import Decoder
 
@@ -245,7 +180,7 @@ class Generate:
         rounds = console.write_pieces(
             decoder.stream(
                 prompt,
-                settings,
+                self.sampling,
                 max_tokens=self.max_tokens,
                 stop=self.stop,
                 ignore_end=self.ignore_end,

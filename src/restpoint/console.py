@@ -16,7 +16,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.decode.loop import Round
-    from restpoint.fit import FitReport
+    from restpoint.fit.run import FitReport
     from restpoint.generate import Decoder, Piece
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
@@ -159,10 +159,14 @@ def fit_table(report: "FitReport") -> RenderableType:
             str(row.exit_layer),
             f"{row.acceptance:.3f}",
             f"{row.top1:.3f}",
-            f"{row.own_acceptance:.3f}",
-            f"{row.own_top1:.3f}",
+            _share(row.own_acceptance),
+            _share(row.own_top1),
             f"{row.multiplications / 1e6:.2f}",
             "–" if row.expected_speed is None else f"{row.expected_speed:.2f}",
             style="bold" if chosen else "",
         )
     return table
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

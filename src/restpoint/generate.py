@@ -11,10 +11,11 @@ from restpoint.decode.control import Controller
 from restpoint.decode.costs import device_name
 from restpoint.decode.drafters.exit import ExitDrafter
 from restpoint.decode.loop import Round, Stopping, decode
-from restpoint.decode.sampling import Sampler, SamplingSettings
+from restpoint.decode.sampling import Sampler
+from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget, Target
 from restpoint.errors import RestpointError
-from restpoint.fit import measure_drafting
+from restpoint.fit.measuring import measure_drafting
 from restpoint.model.check import Capabilities, check
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded

@@ -34,7 +34,7 @@ class Measured:
         exit_layer: layers that run before it.
         acceptance: mean 1 - TV of the first drafted token against the model, on held-out text.
         top1: share of positions where its most probable token is the model's, likewise.
-        own_acceptance: the same acceptance on held-out text of the model's own.
+        own_acceptance: the same acceptance on held-out text of the model's own; None where there is none.
         own_top1: the same share on held-out text of the model's own.
         multiplications: multiply-adds for one drafted token, the head not counted.
         expected_speed: expected rate over plain decoding at the measured costs, greedy; None where not measured.
@@ -44,8 +44,8 @@ class Measured:
     exit_layer: int
     acceptance: float
     top1: float
-    own_acceptance: float
-    own_top1: float
+    own_acceptance: float | None
+    own_top1: float | None
     multiplications: int
     expected_speed: float | None = None
 

@@ -1,15 +1,18 @@
 """What a pass costs on this machine, by the number of tokens in it."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from restpoint.decode.draft import Draft
 from restpoint.decode.target import LayeredTarget
 
+_CPU_INFO = Path("/proc/cpuinfo")
 _SIZES = (1, 2, 3, 4, 5, 6, 8)
 
 
@@ -72,10 +75,18 @@ def measure_costs(
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the kind of processor with its number of threads."""
+    """The GPU's name, or the processor's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    return f"{_processor()} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def _processor() -> str:
+    if _CPU_INFO.is_file():
+        for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> float:

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from restpoint.decode.draft import Draft, Drafter, Path
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.target import Target
-from restpoint.decode.verify import verify
+from restpoint.decode.verify import Outcome, verify
 from restpoint.errors import RestpointError
 
 _NO_DRAFT = Draft()
@@ -75,7 +76,6 @@ class Round:
     finished: str = ""
 
 
-@torch.inference_mode()
 def decode(
     target: Target, prompt: list[int], sampler: Sampler, stopping: Stopping, drafter: Drafter | None = None
 ) -> Iterator[Round]:
@@ -101,27 +101,49 @@ def decode(
     work = target.layered.work
     path = Path(list(prompt), None)
     calls, began = work.layer_calls, time.perf_counter()
-    scored = target.prefill(prompt)
-    draft, drafted_at = _NO_DRAFT, began
-    outcome = verify(scored.logits, draft, path.tokens, sampler)
+    turn = _read_prompt(target, path, sampler)
     while True:
-        tokens, finished = stopping.cut(
-            [*draft.tokens[: outcome.accepted], outcome.next_token], len(path.tokens), prompt
-        )
+        draft, outcome = turn.draft, turn.outcome
+        new = [*draft.tokens[: outcome.accepted], outcome.next_token]
+        tokens, finished = stopping.cut(new, len(path.tokens), prompt)
         path.tokens.extend(tokens)
-        path.rest = None if scored.rest is None else scored.rest[:, outcome.accepted : outcome.accepted + 1]
-        spent = drafted_at - began, time.perf_counter() - drafted_at
-        yield Round(tuple(tokens), len(draft.tokens), outcome.accepted, work.layer_calls - calls, *spent, finished)
+        path.rest = turn.rest
+        drafting, verifying = turn.drafted_at - began, time.perf_counter() - turn.drafted_at
+        layers = work.layer_calls - calls
+        yield Round(tuple(tokens), len(draft.tokens), outcome.accepted, layers, drafting, verifying, finished)
         if finished:
             return
         calls, began = work.layer_calls, time.perf_counter()
-        draft = _NO_DRAFT if drafter is None else drafter.propose(path, stopping.room(len(path.tokens), prompt))
-        drafted_at = time.perf_counter()
-        scored = target.score(path.pending, draft)
-        outcome = verify(scored.logits, draft, path.tokens + draft.tokens, sampler)
-        target.commit(outcome.accepted + 1)
-        if drafter is not None:
-            drafter.observe(draft, outcome.accepted)
+        turn = _speculate(target, path, sampler, drafter, stopping.room(len(path.tokens), prompt))
+
+
+@dataclass(frozen=True)
+class _Turn:
+    draft: Draft
+    outcome: Outcome
+    rest: Tensor | None
+    drafted_at: float
+
+
+@torch.inference_mode()
+def _read_prompt(target: Target, path: Path, sampler: Sampler) -> _Turn:
+    began = time.perf_counter()
+    scored = target.prefill(path.tokens)
+    return _Turn(_NO_DRAFT, verify(scored.logits, _NO_DRAFT, path.tokens, sampler), scored.rest, began)
+
+
+@torch.inference_mode()
+def _speculate(target: Target, path: Path, sampler: Sampler, drafter: Drafter | None, room: int) -> _Turn:
+    """Draft, score, verify, commit."""
+    draft = _NO_DRAFT if drafter is None else drafter.propose(path, room)
+    drafted_at = time.perf_counter()
+    scored = target.score(path.pending, draft)
+    outcome = verify(scored.logits, draft, path.tokens + draft.tokens, sampler)
+    target.commit(outcome.accepted + 1)
+    if drafter is not None:
+        drafter.observe(draft, outcome.accepted)
+    rest = None if scored.rest is None else scored.rest[:, outcome.accepted : outcome.accepted + 1]
+    return _Turn(draft, outcome, rest, drafted_at)
 
 
 def _check_prompt(prompt: list[int], vocabulary: int, context: int | None) -> None:

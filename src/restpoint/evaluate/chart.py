@@ -121,7 +121,7 @@ def _conditions(report: BenchReport) -> str:
     temperature = seen["temperature"]
     runs = max((row.runs for row in report.rows), default=0)
     decoding = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}"
-    machine = f"{seen['processor']}, {seen['device']}, {seen['dtype']}, {seen['attention']} attention"
+    machine = f"{seen['device']}, {seen['dtype']}, {seen['attention']} attention"
     work = f"batch {seen['batch']}, {seen['new_tokens']} new tokens, {decoding}, prefill left out"
     intervals = any(row.ratio_low is not None for row in report.rows)
     whiskers = "; whiskers: 95% bootstrap intervals over prompts" if intervals else ""

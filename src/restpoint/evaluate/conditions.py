@@ -2,9 +2,7 @@
 
 import datetime
 import importlib.metadata
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +10,6 @@ import torch
 from restpoint.decode.costs import device_name
 from restpoint.evaluate.options import BenchOptions
 from restpoint.generate import Decoder
-
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def conditions(
@@ -36,7 +32,6 @@ def conditions(
     return {
         "model": loaded.name,
         "device": device_name(layered.device),
-        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "dtype": str(layered.dtype).removeprefix("torch."),
         "attention": loaded.model.config._attn_implementation,
@@ -52,14 +47,6 @@ def conditions(
         "versions": {name: _version(name) for name in ("restpoint", "torch", "transformers")},
         "notes": notes,
     }
-
-
-def _processor() -> str:
-    if _CPU_INFO.is_file():
-        for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from restpoint.decode.sampling import SamplingSettings
+from restpoint.decode.settings import SamplingSettings
 from restpoint.generate import Decoder
 
 

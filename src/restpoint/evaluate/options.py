@@ -8,15 +8,13 @@ from tyro.conf import arg
 
 from restpoint.bundled import DOMAINS
 from restpoint.errors import RestpointError
+from restpoint.flags import Flag, Number, Seconds
 
 _FULL = (128, 5, 3)
 _QUICK = (32, 2, 2)
-_QUICK_SECONDS = 34.0  # leaves room for start-up within the 50 seconds that a quick benchmark may take
+_QUICK_SECONDS = 32.0  # leaves room for start-up within the 50 seconds that a quick benchmark may take
 
-Number = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
-Seconds = Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="")]
 Domains = Annotated[tuple[str, ...], arg(metavar="DOMAIN ...")]
-Flag = Annotated[bool, arg(help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class BenchOptions:
     temperature: float = 0.0
     """Sample at this temperature instead of decoding greedily; identical tokens are then not claimed."""
     budget_seconds: Seconds = None
-    """Add no further prompts or repetitions that would end later than this (no limit; quick: 34)."""
+    """Add no further prompts or repetitions that would end later than this (no limit; quick: 32)."""
     seed: int = 0
     """Seed of the sampling and of the bootstrap."""
 

@@ -51,10 +51,9 @@ def _lines(report: BenchReport) -> Iterator[str]:
     seen = report.conditions
     versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items())
     decoding = "greedy" if seen["temperature"] == 0 else f"temperature {seen['temperature']:g}"
-    yield (
-        f"{seen['processor']}, {seen['device']}, {seen['dtype']}, {seen['attention']} attention, batch {seen['batch']},"
-        f" {decoding}, {seen['new_tokens']} new tokens, prompts of each domain: {seen['prompts_per_domain']}; {versions}"
-    )
+    machine = f"{seen['device']}, {seen['dtype']}, {seen['attention']} attention"
+    work = f"batch {seen['batch']}, {decoding}, {seen['new_tokens']} new tokens"
+    yield f"{machine}, {work}, prompts of each domain: {seen['prompts_per_domain']}; {versions}"
     yield from seen["notes"]
 
 

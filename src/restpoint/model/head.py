@@ -58,8 +58,8 @@ class Head:
         assert self.after is not None
         assert isinstance(self.unembedding, nn.Linear)
         if weight is None:
-            return self.after(self.unembedding(rest))
-        return self.after(nn.functional.linear(rest, weight, bias))
+            return self.after(self.unembedding(rest.to(self.unembedding.weight.dtype)))
+        return self.after(nn.functional.linear(rest.to(weight.dtype), weight, bias))
 
     @torch.no_grad()
     def rows(self, tokens: Int[Tensor, " tokens"]) -> tuple[Tensor, Tensor | None]:

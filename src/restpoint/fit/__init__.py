@@ -1,0 +1,1 @@
+"""Fit a profile to a model: record, solve, measure, choose."""

@@ -1,0 +1,141 @@
+"""Fit a profile: record states once, solve for predictors, see how their drafts stand, measure, choose."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from restpoint.equilibrium.fitting import Chunk, FitProgress, FitSettings, fit_affine, fit_monge, fit_recurrence
+from restpoint.equilibrium.predictors import IdentityPredictor, Predictor
+from restpoint.errors import RestpointError
+from restpoint.fit.measuring import measure
+from restpoint.fit.options import FitOptions
+from restpoint.fit.recording import Progress, Recording, record
+from restpoint.model.check import check
+from restpoint.model.layered import LayeredModel
+from restpoint.model.load import Loaded
+from restpoint.profile import Drafting, Measured, Profile, fingerprint
+
+_SCORED = 16
+"""Held-out sequences that ridge strengths are compared on."""
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """A finished fit.
+
+    Attributes:
+        profile: what was written.
+        rows: how well each predictor does, best expected speed first.
+        tokens: tokens fitted on, held-out ones included.
+    """
+
+    profile: Profile
+    rows: tuple[Measured, ...]
+    tokens: int
+
+
+def fit(
+    loaded: Loaded,
+    texts: Iterable[str],
+    options: FitOptions | None = None,
+    output: Path | str = "profile",
+    progress: Progress | None = None,
+) -> FitReport:
+    """Fit a profile to a model and write it to ``output``.
+
+    One pass of the model over the text records its states on disk; everything else is closed-form algebra on them.
+    Part of the text is the model's own: half of those sequences greedy, half sampled. Memory does not depend on the
+    amount of text. An interrupted fit resumes from its recording when the same call is repeated.
+
+    Args:
+        loaded: model and tokenizer.
+        texts: documents; read until ``options.max_tokens`` are reached.
+        options: what to fit.
+        output: folder of the profile.
+        progress: called as work proceeds.
+
+    Raises:
+        RestpointError: the text is too short, the model cannot verify drafts, an exit layer is not below its depth,
+            or ``output`` holds an unfinished fit of something else.
+    """
+    options = options or FitOptions()
+    report = progress or (lambda _stage, _done, _total: None)
+    layered = LayeredModel(loaded.model)
+    capabilities = check(layered)
+    if not capabilities.drafts:
+        reason = "; ".join(f"{name}: {why}" for name, why in capabilities.refused().items())
+        raise RestpointError(f"model: {loaded.name} cannot verify drafts, so there is nothing to fit ({reason})")
+    exits = options.exit_layers or tuple(sorted({0, layered.depth // 4}))
+    if not all(0 <= layer < layered.depth for layer in exits):
+        raise RestpointError(f"exit_layers is {exits}; each must lie between 0 and {layered.depth - 1}")
+    recorded = record(loaded, layered, texts, options, exits, Path(output) / "states", report)
+    predictors = _solve(recorded, options, exits, report)
+    vocabulary = recorded.frequent_tokens(options.vocabulary) if options.vocabulary else None
+    drafting: dict[str, Drafting] = {}
+    rows: list[Measured] = []
+    for index, (name, predictor) in enumerate(predictors.items()):
+        report("measure", index, len(predictors))
+        allowed = vocabulary if layered.head.direct else None
+        drafting[name], row = measure(recorded, predictor, allowed)
+        rows.append(row)
+    report("measure", len(predictors), len(predictors))
+    rows.sort(key=lambda row: -(row.expected_speed or 0))
+    profile = Profile(
+        fingerprint=fingerprint(loaded),
+        model=loaded.name,
+        chosen=rows[0].predictor,
+        predictors=predictors,
+        drafting=drafting,
+        vocabulary=vocabulary if layered.head.direct else None,
+        measured=tuple(rows),
+        fitted_on={**asdict(options), "tokens": recorded.tokens, "text_sha256": recorded.text_hash},
+    )
+    profile.save(output)
+    if not options.keep_states:
+        recorded.store.remove()
+    return FitReport(profile, tuple(rows), recorded.tokens)
+
+
+def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], report: Progress) -> dict[str, Predictor]:
+    """Every predictor at every exit layer, in closed form."""
+    jobs: list[tuple[str, Callable[[Callable[[FitProgress], None]], Predictor]]] = []
+    linear = FitSettings(strengths=(1e-5, 1e-4, 1e-3, 1e-2), features=0, steps=options.steps, seed=options.seed)
+    lifted = replace(linear, features=options.features)
+
+    def stream() -> Iterator[Chunk]:
+        return recorded.chunks(recorded.fitted)
+
+    def held_out() -> Iterator[Chunk]:
+        return recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // _SCORED)])
+
+    def add(name: str, solve: Callable[[Callable[[FitProgress], None]], Predictor]) -> None:
+        jobs.append((name, solve))
+
+    shared = {"score": recorded.score}
+    for layer in exits:
+        if layer > 0:
+            add(f"lens@{layer}", lambda _p, layer=layer: IdentityPredictor((layer,)))
+            add(
+                f"ridge@{layer}",
+                lambda p, layer=layer: fit_affine(stream, held_out, (layer,), linear, progress=p, **shared).predictor,
+            )
+            add(
+                f"monge@{layer}",
+                lambda p, layer=layer: fit_monge(stream, held_out, layer, linear, progress=p, **shared).predictor,
+            )
+        reads = tuple(sorted({0, layer}))
+        add(
+            f"recurrence@{layer}",
+            lambda p, reads=reads: fit_recurrence(stream, held_out, reads, linear, progress=p, **shared).predictor,
+        )
+        if options.features and layer in options.feature_layers:
+            add(
+                f"recurrence+features@{layer}",
+                lambda p, reads=reads: fit_recurrence(stream, held_out, reads, lifted, progress=p, **shared).predictor,
+            )
+    solved: dict[str, Predictor] = {}
+    for done, (name, solve) in enumerate(jobs):
+        report(f"solve {name}", done, len(jobs))
+        solved[name] = replace(solve(lambda _progress: None), name=name)
+    report("solve", len(jobs), len(jobs))
+    return solved

@@ -1,0 +1,229 @@
+"""Fitting: what comes out, that it resumes, and that profiles are bound to their model."""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from families import VOCABULARY, build
+from restpoint.errors import RestpointError
+from restpoint.fit.options import FitOptions
+from restpoint.fit.run import FitReport, fit
+from restpoint.generate import Decoder
+from restpoint.model.load import Loaded
+from restpoint.profile import Profile, fingerprint
+from restpoint.trajectory.record import pack
+from restpoint.trajectory.store import StateStore, StoreLayout
+
+OPTIONS = FitOptions(max_tokens=3200, sequence_length=32, batch=4, features=48, vocabulary=40, exit_layers=(0, 2))
+
+
+def tiny(family: str = "llama") -> Loaded:
+    words = {f"w{index}": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return Loaded("tiny", build(family), PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2"))
+
+
+def texts() -> Iterator[str]:
+    draw = random.Random(4)
+    while True:
+        yield " ".join(f"w{draw.randrange(3, VOCABULARY)}" for _ in range(50))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FitReport]:
+    output = tmp_path_factory.mktemp("profile")
+    return output, fit(tiny(), texts(), OPTIONS, output)
+
+
+def test_every_predictor_is_fitted_measured_and_saved(fitted: tuple[Path, FitReport]) -> None:
+    output, report = fitted
+    names = {row.predictor for row in report.rows}
+    assert names == {
+        *("recurrence@0", "recurrence+features@0", "recurrence@2"),
+        *("lens@2", "ridge@2", "monge@2"),
+    }
+    assert all(0 <= row.acceptance <= 1 and 0 <= row.top1 <= 1 and row.expected_speed for row in report.rows)
+    by_name = {row.predictor: row for row in report.rows}
+    assert by_name["ridge@2"].acceptance > by_name["lens@2"].acceptance
+    assert report.profile.chosen == report.rows[0].predictor
+    assert report.tokens == 3200
+    assert {path.name for path in output.iterdir()} == {"profile.json", "profile.safetensors"}
+
+
+def test_acceptance_is_what_transformers_would_say(fitted: tuple[Path, FitReport], tmp_path: Path) -> None:
+    """The logit lens row, computed again from ``output_hidden_states`` and the model's own modules."""
+    loaded = tiny()
+    report = fit(loaded, texts(), replace(OPTIONS, own_share=0.0, features=0, vocabulary=0, max_tokens=1920), tmp_path)
+    row = next(row for row in report.rows if row.predictor == "lens@2")
+    documents = ([*loaded.tokenizer(text).input_ids, 2] for text in texts())
+    sequences = [sequence for _, sequence in zip(range(60), pack(documents, 32), strict=False)]
+    every = round(1 / OPTIONS.held_out)
+    shares = []
+    for index in range(every - 1, 60, every):
+        ids = torch.tensor([sequences[index]])
+        with torch.no_grad():
+            output = loaded.model(ids, output_hidden_states=True)
+            lens = loaded.model.lm_head(loaded.model.model.norm(output.hidden_states[2]))
+        p, q = (torch.softmax(logits[0, 2:], -1) for logits in (output.logits, lens))
+        shares.append(torch.minimum(p, q).sum(-1))
+    assert row.acceptance == pytest.approx(float(torch.cat(shares).mean()), abs=1e-5)
+
+
+def test_profile_round_trip(fitted: tuple[Path, FitReport]) -> None:
+    output, report = fitted
+    profile = Profile.load(output)
+    assert profile.chosen == report.profile.chosen
+    assert profile.drafting == report.profile.drafting
+    assert profile.measured == report.profile.measured
+    assert profile.vocabulary is not None
+    assert torch.equal(profile.vocabulary, report.profile.vocabulary)
+    states = [torch.randn(1, 1, 32)]
+    previous = torch.randn(1, 1, 32)
+    before = report.profile.predictors["recurrence+features@0"].predict(states, previous, 1)
+    after = profile.predictors["recurrence+features@0"].predict(states, previous, 1)
+    torch.testing.assert_close(after, before, atol=0.05, rtol=0.05)  # kept in bfloat16
+
+
+def test_profile_decodes_losslessly(fitted: tuple[Path, FitReport]) -> None:
+    loaded = tiny()
+    plain, fast = Decoder(loaded), Decoder(loaded, Profile.load(fitted[0]))
+    for name in fast.profile.predictors if fast.profile else ():
+        assert fast.profile is not None
+        fast.profile = replace(fast.profile, chosen=name)
+        for start in range(4):
+            prompt = f"w{start + 5} w{start + 20} w7"
+            expected = plain.generate(prompt, max_tokens=40, ignore_end=True)
+            drafted = fast.generate(prompt, max_tokens=40, ignore_end=True, draft_tokens=4)
+            assert drafted.tokens == expected.tokens
+            assert drafted.text == expected.text
+            assert drafted.statistics.drafted > 0
+
+
+def test_an_interrupted_fit_resumes_with_the_same_result(fitted: tuple[Path, FitReport], tmp_path: Path) -> None:
+    def interrupt(stage: str, done: int, _total: int) -> None:
+        if stage == "record" and done >= 48:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(), texts(), OPTIONS, tmp_path, interrupt)
+    assert not (tmp_path / "profile.json").exists()
+    recorded = []
+    report = fit(tiny(), texts(), OPTIONS, tmp_path, lambda stage, done, _n: recorded.append((stage, done)))
+    assert recorded[0] == ("record", 48)
+    for name, predictor in report.profile.predictors.items():
+        _, tensors = predictor.state()
+        _, expected = fitted[1].profile.predictors[name].state()
+        for key, value in tensors.items():
+            torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny(), texts(), OPTIONS, tmp_path, interrupt)
+    with pytest.raises(RestpointError, match="unfinished recording with another model, text or options"):
+        fit(tiny(), texts(), replace(OPTIONS, features=50), tmp_path)
+
+
+def test_store_drops_a_half_written_sequence(tmp_path: Path) -> None:
+    layout = StoreLayout("model", "text", 4, (0, 2), 3, "float32")
+    store = StateStore(tmp_path, layout)
+    ids, states = torch.arange(8).view(2, 4), torch.randn(2, 4, 3, 3)
+    store.append(ids, states)
+    with (tmp_path / "ids.bin").open("ab") as file:
+        file.write(b"\0" * 16)  # the ids of a third sequence, whose states never came
+    again = StateStore(tmp_path, layout)
+    assert again.count == 2
+    ((read_ids, read_states),) = again.read([1, 0])
+    assert torch.equal(read_ids, ids[[1, 0]])
+    assert torch.equal(read_states, states[[1, 0]])
+    with pytest.raises(RestpointError, match="another model, text or options"):
+        StateStore(tmp_path, replace(layout, hidden=4))
+
+
+def test_profiles_are_refused_where_they_do_not_belong(fitted: tuple[Path, FitReport]) -> None:
+    profile = Profile.load(fitted[0])
+    loaded = tiny()
+    profile.require(loaded)
+    with pytest.raises(RestpointError, match="belongs to another model"):
+        Decoder(tiny("qwen2"), profile)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(1.5)
+    with pytest.raises(RestpointError, match="unembedding differ"):
+        profile.require(loaded)
+    half = tiny()
+    half.model.to(torch.bfloat16)
+    assert fingerprint(half) == profile.fingerprint
+
+
+def test_damaged_profiles_are_refused(fitted: tuple[Path, FitReport], tmp_path: Path) -> None:
+    output = fitted[0]
+
+    def damaged(name: str, content: bytes) -> Path:
+        for file in output.iterdir():
+            (tmp_path / file.name).write_bytes(content if file.name == name else file.read_bytes())
+        return tmp_path
+
+    tensors = (output / "profile.safetensors").read_bytes()
+    described = json.loads((output / "profile.json").read_text())
+    with pytest.raises(RestpointError, match=r"has no profile\.json"):
+        Profile.load(tmp_path / "nowhere")
+    for name, content, said in (
+        ("profile.safetensors", tensors[: len(tensors) // 2], "damaged or cut short"),
+        ("profile.safetensors", tensors[:-8] + b"\1" * 8, "do not belong together"),
+        ("profile.json", (output / "profile.json").read_bytes()[:200], "damaged or cut short"),
+        ("profile.json", json.dumps(described | {"format": 99}).encode(), "format 99"),
+        ("profile.json", json.dumps({k: v for k, v in described.items() if k != "chosen"}).encode(), "lacks 'chosen'"),
+    ):
+        with pytest.raises(RestpointError, match=said):
+            Profile.load(damaged(name, content))
+
+
+def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport]) -> None:
+    profile = Profile.load(fitted[0])
+    costs = profile.drafting[profile.chosen].costs
+    same = Decoder(tiny(), profile).profile
+    assert same is not None
+    assert same.drafting[same.chosen].costs == costs
+    moved = Decoder(tiny(), profile.with_costs(replace(costs, device="another machine"))).profile
+    assert moved is not None
+    assert moved.drafting[moved.chosen].costs.device == costs.device
+
+
+def test_bad_options_and_texts(tmp_path: Path) -> None:
+    for wrong, said in (
+        ({"max_tokens": 100}, "max_tokens is 100"),
+        ({"own_share": 1.0}, r"own_share is 1.0"),
+        ({"held_out": 0.0}, "held_out is 0.0"),
+        ({"features": -1}, "features is -1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"sequence_length": 8}, "sequence_length is 8"),
+    ):
+        with pytest.raises(RestpointError, match=said):
+            replace(OPTIONS, **wrong)
+    with pytest.raises(RestpointError, match="text: it has only 2 sequences"):
+        fit(tiny(), [" ".join(["w5"] * 70)], OPTIONS, tmp_path)
+    with pytest.raises(RestpointError, match=r"exit_layers is \(0, 4\)"):
+        fit(tiny(), texts(), replace(OPTIONS, exit_layers=(0, 4)), tmp_path)
+    with pytest.raises(RestpointError, match="sequence_length is 256, above the model's context of 128"):
+        fit(tiny(), texts(), FitOptions(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_families_that_cannot_verify_are_refused_or_decoded_plainly(tmp_path: Path) -> None:
+    loaded = tiny("mamba")
+    with pytest.raises(RestpointError, match="cannot verify drafts"):
+        fit(loaded, texts(), OPTIONS, tmp_path)
+    decoder = Decoder(loaded)
+    assert decoder.notes
+    assert "plainly" in decoder.notes[0]
+    generation = decoder.generate("w5 w6 w7", max_tokens=12, ignore_end=True)
+    expected = loaded.model.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=12, eos_token_id=None)
+    assert generation.tokens == expected[0, 3:].tolist()
+    assert generation.statistics.tokens_per_pass == 1

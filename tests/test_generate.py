@@ -1,0 +1,147 @@
+"""Text in, text out, on the bundled model with its bundled profile."""
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper
+
+from restpoint import bundled
+from restpoint.decode.settings import SamplingSettings
+from restpoint.errors import RestpointError
+from restpoint.generate import Decoder
+from restpoint.model.load import Loaded
+from restpoint.profile import Profile
+
+
+@pytest.fixture(scope="module")
+def plain(reference: Loaded) -> Decoder:
+    return Decoder(reference)
+
+
+@pytest.fixture(scope="module")
+def fast(reference: Loaded) -> Decoder:
+    return Decoder(reference, Profile.load(bundled.PROFILE_PATH))
+
+
+@pytest.mark.parametrize("domain", bundled.DOMAINS)
+def test_token_identical_to_plain_and_to_transformers(
+    reference: Loaded, plain: Decoder, fast: Decoder, domain: str
+) -> None:
+    compare(reference, plain, fast, [prompt.text for prompt in bundled.prompts(domain)[:2]], 40)
+
+
+@pytest.mark.slow
+def test_token_identical_on_two_hundred_prompts(reference: Loaded, plain: Decoder, fast: Decoder) -> None:
+    compare(reference, plain, fast, [prompt.text for prompt in bundled.prompts()], 128)
+
+
+def compare(reference: Loaded, plain: Decoder, fast: Decoder, prompts: list[str], length: int) -> None:
+    accepted = 0
+    for text in prompts:
+        ids = torch.tensor([fast.encode(text)])
+        expected = reference.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=length,
+            min_new_tokens=length,
+        )[0, ids.shape[1] :].tolist()
+        # min_new_tokens forbids the end token in transformers; the same processor in ours
+        from transformers import MinNewTokensLengthLogitsProcessor
+
+        forbid = LogitsProcessorList([MinNewTokensLengthLogitsProcessor(ids.shape[1], length, 0)])
+        assert plain.generate(text, max_tokens=length, processors=forbid).tokens == expected
+        drafted = fast.generate(text, max_tokens=length, processors=forbid)
+        assert drafted.tokens == expected
+        accepted += drafted.statistics.accepted
+    assert accepted > 0
+
+
+def test_statistics_add_up(fast: Decoder, reference: Loaded) -> None:
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hooks = [layer.register_forward_hook(count) for layer in reference.model.model.layers]
+    try:
+        generation = fast.generate("def read(path):\n", max_tokens=50, ignore_end=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen = generation.statistics
+    assert seen.new_tokens == len(generation.tokens) == 50
+    assert seen.passes * seen.tokens_per_pass == pytest.approx(49)
+    assert seen.accepted <= seen.drafted
+    assert seen.layers_per_token * 49 == pytest.approx(calls - 16)  # the prompt's pass runs 16 layers
+    assert seen.tokens_per_second > 0
+
+
+def test_streamed_text_is_the_generated_text(fast: Decoder, reference: Loaded) -> None:
+    pieces = list(fast.stream("Question: Tom has", max_tokens=40, ignore_end=True))
+    generation = fast.generate("Question: Tom has", max_tokens=40, ignore_end=True)
+    text = "".join(piece.text for piece in pieces)
+    assert text == generation.text
+    assert text == reference.tokenizer.decode(generation.tokens, skip_special_tokens=True)
+
+
+def test_stop_strings_are_cut_exactly(fast: Decoder) -> None:
+    whole = fast.generate("def read(path):\n", max_tokens=60, ignore_end=True)
+    stop = whole.text[25:29]
+    cut = fast.generate("def read(path):\n", max_tokens=60, stop=[stop, "never there"], ignore_end=True)
+    assert cut.finished == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    assert stop not in "".join(piece.text for piece in fast.stream("def read(path):\n", max_tokens=60, stop=[stop]))
+
+
+def test_unfinished_characters_wait(plain: Decoder) -> None:
+    """Bytes of one character that arrive in several tokens are shown once they are whole."""
+    from restpoint.decode.loop import Round
+    from restpoint.generate import _Text
+
+    ids = plain.loaded.tokenizer("é漢字😀 ok", add_special_tokens=False).input_ids
+    text = _Text(plain, ())
+    shown = [
+        text.add(Round((token,), 0, 0, 0, 0.0, 0.0, "length" if i == len(ids) - 1 else ""))
+        for i, token in enumerate(ids)
+    ]
+    assert "".join(piece.text for piece in shown) == "é漢字😀 ok"
+    assert not any("\ufffd" in piece.text for piece in shown)
+
+
+def test_sampling_is_reproducible_and_seeded(fast: Decoder) -> None:
+    settings = SamplingSettings(temperature=0.9, top_p=0.95, seed=7)
+    first, second = (fast.generate("The", settings, max_tokens=30) for _ in range(2))
+    assert first.tokens == second.tokens
+    other = fast.generate("The", SamplingSettings(temperature=0.9, top_p=0.95, seed=8), max_tokens=30)
+    assert other.tokens != first.tokens
+
+
+def test_processors_apply_to_drafts_too(plain: Decoder, fast: Decoder) -> None:
+    processors = LogitsProcessorList([TemperatureLogitsWarper(0.5)])
+    settings = SamplingSettings(repetition_penalty=1.3)
+    expected = plain.generate("def f(", settings, max_tokens=30, processors=processors)
+    drafted = fast.generate("def f(", settings, max_tokens=30, processors=processors, draft_tokens=4)
+    assert drafted.tokens == expected.tokens
+
+
+def test_context_limit_is_said(reference: Loaded, fast: Decoder) -> None:
+    limit = reference.context_length
+    assert limit == 1024
+    generation = fast.generate([5] * (limit - 6), max_tokens=50, ignore_end=True)
+    assert generation.finished == "context"
+    assert len(generation.tokens) == 6
+    with pytest.raises(RestpointError, match="fill the context of 1024"):
+        fast.generate([5] * limit)
+
+
+def test_bad_requests(fast: Decoder) -> None:
+    with pytest.raises(RestpointError, match="prompt: it is empty"):
+        fast.generate("")
+    with pytest.raises(RestpointError, match="stop string is empty"):
+        fast.generate("a", stop=[""])
+    with pytest.raises(RestpointError, match="draft_tokens is -1"):
+        fast.generate("a", draft_tokens=-1)
+    with pytest.raises(RestpointError, match="max_tokens is 0"):
+        fast.generate("a", max_tokens=0)
