@@ -27,7 +27,7 @@ from restpoint.errors import RestpointError
 from restpoint.model.layered import LayeredModel
 
 FLAT = Calibration((), ((0.7,), (0.7,)), ((1.0,), (1.0,)))
-CHEAP = Costs("here", "float32", (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35), 0.01)
+CHEAP = Costs("here", "float32", (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35), (0.01, 0.01))
 
 
 def tokens_of(rounds: Iterator[Round]) -> list[int]:
@@ -381,25 +381,29 @@ def test_nan_logits_are_an_error(temperature: float) -> None:
 
 
 def test_controller_drafts_where_it_pays_and_not_where_it_does_not() -> None:
-    rising = Costs("here", "float32", tuple(1 + 0.2 * n for n in range(8)), 0.2)
+    rising = Costs("here", "float32", tuple(1 + 0.2 * n for n in range(8)), (0.2, 0.2))
     good = Controller(rising, Calibration((), ((0.9,), (0.9,)), ((1.0,), (1.0,))))
     assert good.another(0, 1.0, 7)
     assert good.include(0, 1.0, 0.5, 7) > 0
     assert good.another(1, 0.9, 7)
-    steep = Costs("here", "float32", tuple(1.0 + n for n in range(8)), 0.5)
+    steep = Costs("here", "float32", tuple(1.0 + n for n in range(8)), (0.5, 0.5))
     bad = Controller(steep, Calibration((), ((0.3,), (0.3,)), ((1.0,), (1.0,))))
-    probes = sum(bad.another(0, 1.0, 7) for _ in range(200))
-    assert 1 <= probes <= 8  # a probe after pauses of 8, 16, 32 and then 64 rounds
     assert bad.include(0, 1.0, 0.5, 7) == 0.0
+    probes = 0
+    for _ in range(200):
+        attempt = bad.another(0, 1.0, 7)
+        bad.observe([], 0, int(attempt))
+        probes += attempt
+    assert 1 <= probes <= 8  # a probe after pauses of 8, 16, 32 and then 64 rounds
     for _ in range(60):
-        good.observe([0.5], 0)
+        good.observe([0.5], 0, 1)
     assert not all(good.another(0, 1.0, 7) for _ in range(5))  # it learns that its drafts fail
 
 
 def test_controller_length_is_the_best_one() -> None:
     """With a flat acceptance the chosen length maximises tokens per second, found by trying all."""
     for accept in (0.3, 0.5, 0.7, 0.9):
-        costs = Costs("here", "float32", (1.0, 1.25, 1.3, 1.35, 1.4, 1.6, 1.8, 2.0), 0.03)
+        costs = Costs("here", "float32", (1.0, 1.25, 1.3, 1.35, 1.4, 1.6, 1.8, 2.0), (0.05, 0.03))
         controller = Controller(costs, Calibration((), ((accept,), (accept,)), ((1.0,), (1.0,))))
         rates = [controller.expected_tokens(n) / controller.seconds(n) for n in range(8)]
         chosen, reach = 0, 1.0

@@ -24,7 +24,10 @@ from restpoint.evaluate.table import table
 from restpoint.generate import Decoder
 from restpoint.profile import Drafting, Profile, fingerprint
 
-METHODS = ["huggingface", PLAIN, "huggingface early exit", "huggingface lookup", RESTPOINT]
+METHODS = [
+    *("huggingface", PLAIN, "huggingface early exit", "huggingface lookup"),
+    *(RESTPOINT, f"{RESTPOINT} predictor only", f"{RESTPOINT} lookup only"),
+]
 SMALL = BenchOptions(new_tokens=8, prompts=1, repetitions=2, domains=("maths", "plays"))
 
 
@@ -32,10 +35,12 @@ SMALL = BenchOptions(new_tokens=8, prompts=1, repetitions=2, domains=("maths", "
 def profile(reference):
     """Drafts by the state of layer 12 as it is; costs that make it draft."""
     flat = Calibration((), ((0.9,), (0.9,)), ((1.0,), (1.0,)))
-    costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, 0.01)
+    costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, (0.01, 0.01))
     predictor = replace(IdentityPredictor((12,)), name="lens@12")
     drafting = {"lens@12": Drafting(flat, flat, costs)}
-    return Profile(fingerprint(reference), "reference", "lens@12", {"lens@12": predictor}, drafting, None)
+    return Profile(
+        fingerprint(reference), "reference", "lens@12", {"lens@12": predictor}, drafting, None, drafting["lens@12"]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from families import VOCABULARY, build
 from restpoint.errors import RestpointError
 from restpoint.fit.options import FitOptions
-from restpoint.fit.run import FitReport, fit
+from restpoint.fit.run import FitReport, fit_profile
 from restpoint.generate import Decoder
 from restpoint.model.load import Loaded
 from restpoint.profile import Profile, fingerprint
@@ -42,7 +42,7 @@ def texts() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FitReport]:
     output = tmp_path_factory.mktemp("profile")
-    return output, fit(tiny(), texts(), OPTIONS, output)
+    return output, fit_profile(tiny(), texts(), OPTIONS, output)
 
 
 def test_every_predictor_is_fitted_measured_and_saved(fitted: tuple[Path, FitReport]) -> None:
@@ -63,7 +63,9 @@ def test_every_predictor_is_fitted_measured_and_saved(fitted: tuple[Path, FitRep
 def test_acceptance_is_what_transformers_would_say(fitted: tuple[Path, FitReport], tmp_path: Path) -> None:
     """The logit lens row, computed again from ``output_hidden_states`` and the model's own modules."""
     loaded = tiny()
-    report = fit(loaded, texts(), replace(OPTIONS, own_share=0.0, features=0, vocabulary=0, max_tokens=1920), tmp_path)
+    report = fit_profile(
+        loaded, texts(), replace(OPTIONS, own_share=0.0, features=0, vocabulary=0, max_tokens=1920), tmp_path
+    )
     row = next(row for row in report.rows if row.predictor == "lens@2")
     documents = ([*loaded.tokenizer(text).input_ids, 2] for text in texts())
     sequences = [sequence for _, sequence in zip(range(60), pack(documents, 32), strict=False)]
@@ -115,10 +117,10 @@ def test_an_interrupted_fit_resumes_with_the_same_result(fitted: tuple[Path, Fit
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny(), texts(), OPTIONS, tmp_path, interrupt)
+        fit_profile(tiny(), texts(), OPTIONS, tmp_path, interrupt)
     assert not (tmp_path / "profile.json").exists()
     recorded = []
-    report = fit(tiny(), texts(), OPTIONS, tmp_path, lambda stage, done, _n: recorded.append((stage, done)))
+    report = fit_profile(tiny(), texts(), OPTIONS, tmp_path, lambda stage, done, _n: recorded.append((stage, done)))
     assert recorded[0] == ("record", 48)
     for name, predictor in report.profile.predictors.items():
         _, tensors = predictor.state()
@@ -126,9 +128,9 @@ def test_an_interrupted_fit_resumes_with_the_same_result(fitted: tuple[Path, Fit
         for key, value in tensors.items():
             torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4)
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny(), texts(), OPTIONS, tmp_path, interrupt)
+        fit_profile(tiny(), texts(), OPTIONS, tmp_path, interrupt)
     with pytest.raises(RestpointError, match="unfinished recording with another model, text or options"):
-        fit(tiny(), texts(), replace(OPTIONS, features=50), tmp_path)
+        fit_profile(tiny(), texts(), replace(OPTIONS, features=50), tmp_path)
 
 
 def test_store_drops_a_half_written_sequence(tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport]) -> N
     same = Decoder(tiny(), profile).profile
     assert same is not None
     assert same.drafting[same.chosen].costs == costs
-    moved = Decoder(tiny(), profile.with_costs(replace(costs, device="another machine"))).profile
+    moved = Decoder(tiny(), profile.with_costs(replace(costs, device="another machine"), costs)).profile
     assert moved is not None
     assert moved.drafting[moved.chosen].costs.device == costs.device
 
@@ -208,18 +210,18 @@ def test_bad_options_and_texts(tmp_path: Path) -> None:
         with pytest.raises(RestpointError, match=said):
             replace(OPTIONS, **wrong)
     with pytest.raises(RestpointError, match="text: it has only 2 sequences"):
-        fit(tiny(), [" ".join(["w5"] * 70)], OPTIONS, tmp_path)
+        fit_profile(tiny(), [" ".join(["w5"] * 70)], OPTIONS, tmp_path)
     with pytest.raises(RestpointError, match=r"exit_layers is \(0, 4\)"):
-        fit(tiny(), texts(), replace(OPTIONS, exit_layers=(0, 4)), tmp_path)
+        fit_profile(tiny(), texts(), replace(OPTIONS, exit_layers=(0, 4)), tmp_path)
     with pytest.raises(RestpointError, match="sequence_length is 256, above the model's context of 128"):
-        fit(tiny(), texts(), FitOptions(), tmp_path)
+        fit_profile(tiny(), texts(), FitOptions(), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*")
 def test_families_that_cannot_verify_are_refused_or_decoded_plainly(tmp_path: Path) -> None:
     loaded = tiny("mamba")
     with pytest.raises(RestpointError, match="cannot verify drafts"):
-        fit(loaded, texts(), OPTIONS, tmp_path)
+        fit_profile(loaded, texts(), OPTIONS, tmp_path)
     decoder = Decoder(loaded)
     assert decoder.notes
     assert "plainly" in decoder.notes[0]

@@ -1,0 +1,87 @@
+"""Faster decoding of pretrained transformers, with exactly the model's own output.
+
+In the order that they are used::
+
+    load          a Hugging Face causal LM with its tokenizer        -> Loaded
+    check         what restpoint can do with a LayeredModel          -> capabilities
+    fit_profile   fit draft predictors, measure costs (FitOptions)   -> FitReport with a Profile
+    Decoder       generate or stream text (SamplingSettings)         -> Generation with Statistics
+    bench         decoding speed beside the baselines (BenchOptions) -> a report
+    LayeredModel  a causal LM, one layer at a time
+
+A user's mistake raises RestpointError, with one line that says what to change. Names are imported when they are first
+used, so that ``import restpoint`` needs no torch. The function that fits is called ``fit_profile`` because
+``restpoint.fit`` is the package that it lives in.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from restpoint.decode.settings import SamplingSettings
+    from restpoint.errors import RestpointError
+    from restpoint.evaluate.options import BenchOptions
+    from restpoint.evaluate.speed import bench
+    from restpoint.fit.options import FitOptions
+    from restpoint.fit.run import FitReport, fit_profile
+    from restpoint.generate import Decoder, Generation, Statistics
+    from restpoint.model.check import check
+    from restpoint.model.layered import LayeredModel
+    from restpoint.model.load import Loaded, load
+    from restpoint.profile import Profile
+
+    __version__: str
+
+__all__ = [
+    "BenchOptions",
+    "Decoder",
+    "FitOptions",
+    "FitReport",
+    "Generation",
+    "LayeredModel",
+    "Loaded",
+    "Profile",
+    "RestpointError",
+    "SamplingSettings",
+    "Statistics",
+    "__version__",
+    "bench",
+    "check",
+    "fit_profile",
+    "load",
+]
+
+_HOMES = {
+    "BenchOptions": "evaluate.options",
+    "Decoder": "generate",
+    "FitOptions": "fit.options",
+    "FitReport": "fit.run",
+    "Generation": "generate",
+    "LayeredModel": "model.layered",
+    "Loaded": "model.load",
+    "Profile": "profile",
+    "RestpointError": "errors",
+    "SamplingSettings": "decode.settings",
+    "Statistics": "generate",
+    "bench": "evaluate.speed",
+    "check": "model.check",
+    "fit_profile": "fit.run",
+    "load": "model.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use; later uses find it in the module (PEP 562)."""
+    if name == "__version__":
+        value: Any = import_module("restpoint.console").version()
+    elif name in _HOMES:
+        value = getattr(import_module(f"restpoint.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'restpoint' has no attribute {name!r}; it has {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names and what has been imported."""
+    return sorted({*globals(), *__all__})

@@ -5,7 +5,7 @@ import sys
 import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
@@ -124,10 +124,10 @@ class Fit:
         """Read, load, fit, show."""
         texts = read_texts(self.text) if self.text else fit_texts()
         loaded = self.loading.load(self.model)
-        from restpoint.fit.run import fit
+        from restpoint.fit.run import fit_profile
 
         with console.progress_bars() as progress:
-            report = fit(loaded, texts, self.fitting, self.output, progress)
+            report = fit_profile(loaded, texts, self.fitting, self.output, progress)
         console.show(console.fit_table(report))
         console.show(f"The profile is in {self.output}")
 
@@ -160,6 +160,8 @@ class Generate:
     """What `restpoint fit` wrote for this model; the bundled model has one already."""
     plain: Flag = False
     """Decode without drafts."""
+    source: Literal["both", "predictor", "lookup"] = "both"
+    """Who drafts: the profile's predictor, copies from the text itself, or both in turns."""
     draft_tokens: Number = None
     """Draft this many tokens in every round; decided round by round if left out."""
     ignore_end: Flag = False
@@ -176,7 +178,7 @@ class Generate:
         profile = _profile(model, self.profile, self.plain)
         from restpoint.generate import Decoder
 
-        decoder = Decoder(self.loading.load(model), profile)
+        decoder = Decoder(self.loading.load(model), profile, self.source)
         rounds = console.write_pieces(
             decoder.stream(
                 prompt,

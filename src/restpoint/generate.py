@@ -7,19 +7,25 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from restpoint.decode.control import Controller
-from restpoint.decode.costs import device_name
+from restpoint.decode.control import Controller, Pace
+from restpoint.decode.costs import device_name, name_of
+from restpoint.decode.draft import Drafter
 from restpoint.decode.drafters.exit import ExitDrafter
+from restpoint.decode.drafters.lookup import LookupDrafter
+from restpoint.decode.drafters.turns import TakingTurns
 from restpoint.decode.loop import Round, Stopping, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget, Target
 from restpoint.errors import RestpointError
-from restpoint.fit.measuring import measure_drafting
+from restpoint.fit.measuring import CostMeter
 from restpoint.model.check import Capabilities, check
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
-from restpoint.profile import Profile
+from restpoint.profile import Drafting, Profile
+
+SOURCES = ("both", "predictor", "lookup")
+"""Who may draft."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +115,18 @@ class Decoder:
     Args:
         loaded: model and tokenizer.
         profile: what was fitted for this model; None decodes plainly.
+        source: who drafts: the profile's ``predictor``, ``lookup`` (copies from the text itself), or ``both`` in turns.
 
     Raises:
         RestpointError: the profile belongs to another model, or the model has no layers that could be found.
     """
 
-    def __init__(self, loaded: Loaded, profile: Profile | None = None):
+    def __init__(self, loaded: Loaded, profile: Profile | None = None, source: str = "both"):
+        if source not in SOURCES:
+            raise RestpointError(f"source is {source!r}; choose from {', '.join(SOURCES)}")
         if profile is not None:
             profile.require(loaded)
+        self.source = source
         self.loaded = loaded
         self.layered = LayeredModel(loaded.model)
         self.capabilities: Capabilities = check(self.layered)
@@ -233,18 +243,26 @@ class Decoder:
             ends = self.loaded.tokenizer.eos_token_id
         return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
-    def _drafter(self, sampler: Sampler, draft_tokens: int | None) -> ExitDrafter:
-        assert self.profile is not None
-        assert isinstance(self.target, LayeredTarget)
-        drafting = self.profile.drafting[self.profile.chosen]
-        calibration = drafting.greedy if sampler.greedy else drafting.sampling
-        return ExitDrafter(
-            self.target,
-            self.profile.predictors[self.profile.chosen],
+    def _drafter(self, sampler: Sampler, draft_tokens: int | None) -> Drafter:
+        profile, target, pace = self.profile, self.target, Pace()
+        assert profile is not None
+        assert isinstance(target, LayeredTarget)
+
+        def controller(drafting: Drafting) -> Controller:
+            calibration = drafting.greedy if sampler.greedy else drafting.sampling
+            return Controller(drafting.costs, calibration, fixed=draft_tokens, pace=pace)
+
+        lookup = LookupDrafter(controller(profile.lookup))
+        if self.source == "lookup":
+            return lookup
+        predictor = ExitDrafter(
+            target,
+            profile.predictors[profile.chosen],
             sampler,
-            Controller(drafting.costs, calibration, fixed=draft_tokens),
-            self.profile.vocabulary,
+            controller(profile.drafting[profile.chosen]),
+            profile.vocabulary,
         )
+        return predictor if self.source == "predictor" else TakingTurns(lookup, predictor)
 
     def _can_draft(self, profile: Profile) -> bool:
         """Whether the chosen predictor's exit layer can be used; says why not."""
@@ -257,11 +275,13 @@ class Decoder:
     def _with_current_costs(self, profile: Profile) -> Profile:
         """Costs measured again, in about a second, where this device or dtype is not the profile's."""
         costs = profile.drafting[profile.chosen].costs
-        here = device_name(self.layered.device), str(self.layered.dtype).removeprefix("torch.")
+        here = device_name(self.layered.device), name_of(self.layered.dtype)
         if (costs.device, costs.dtype) == here:
             return profile
         assert isinstance(self.target, LayeredTarget)
-        return profile.with_costs(measure_drafting(self.target, profile.predictors[profile.chosen], profile.vocabulary))
+        meter = CostMeter(self.target)
+        predictor = profile.predictors[profile.chosen]
+        return profile.with_costs(meter.of(predictor, profile.vocabulary), meter.of_lookup())
 
 
 class _Text:

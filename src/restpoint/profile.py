@@ -76,6 +76,7 @@ class Profile:
         predictors: all fitted predictors by name.
         drafting: calibration and costs, by predictor.
         vocabulary: tokens that may be drafted, most frequent first; None for all.
+        lookup: calibration and costs of copying from the text itself.
         measured: how well each predictor does.
         fitted_on: options, number of tokens and hash of the text.
     """
@@ -86,6 +87,7 @@ class Profile:
     predictors: Mapping[str, Predictor]
     drafting: Mapping[str, Drafting]
     vocabulary: Tensor | None
+    lookup: Drafting
     measured: tuple[Measured, ...] = ()
     fitted_on: Mapping[str, Any] = field(default_factory=dict)
 
@@ -101,11 +103,10 @@ class Profile:
                 f"unembedding differ; fit one with: restpoint fit {loaded.name} --output FOLDER"
             )
 
-    def with_costs(self, costs: Costs) -> "Profile":
-        """The same with the chosen predictor's costs measured anew."""
-        drafting = dict(self.drafting)
-        drafting[self.chosen] = replace(drafting[self.chosen], costs=costs)
-        return replace(self, drafting=drafting)
+    def with_costs(self, costs: Costs, lookup_costs: Costs) -> "Profile":
+        """The same with costs measured anew: of the chosen predictor, and of copying."""
+        drafting = {**self.drafting, self.chosen: replace(self.drafting[self.chosen], costs=costs)}
+        return replace(self, drafting=drafting, lookup=replace(self.lookup, costs=lookup_costs))
 
     def save(self, folder: Path | str) -> None:
         """Write ``profile.json`` and ``profile.safetensors`` to a folder, each complete or not at all.
@@ -129,6 +130,7 @@ class Profile:
             "chosen": self.chosen,
             "predictors": configs,
             "drafting": {name: asdict(drafting) for name, drafting in self.drafting.items()},
+            "lookup": asdict(self.lookup),
             "measured": [asdict(row) for row in self.measured],
             "fitted_on": dict(self.fitted_on),
             "tensors_sha256": content,
@@ -177,6 +179,7 @@ class Profile:
                 predictors=predictors,
                 drafting={name: _drafting(entry) for name, entry in described["drafting"].items()},
                 vocabulary=tensors.get("vocabulary"),
+                lookup=_drafting(described["lookup"]),
                 measured=tuple(Measured(**row) for row in described["measured"]),
                 fitted_on=described["fitted_on"],
             )
@@ -231,10 +234,12 @@ def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _drafting(entry: Mapping[str, Any]) -> Drafting:
+    costs = entry["costs"]
+    first, later = costs["draft"]
     return Drafting(
         _calibration(entry["greedy"]),
         _calibration(entry["sampling"]),
-        Costs(**{**entry["costs"], "verify": tuple(entry["costs"]["verify"])}),
+        Costs(costs["device"], costs["dtype"], tuple(costs["verify"]), (first, later)),
     )
 
 

@@ -14,14 +14,15 @@ _PRIOR = 2.0
 class AcceptanceCounter:
     """Collects (confidence, acceptance) pairs for first and later drafted tokens, and fits a rising curve to them."""
 
-    def __init__(self) -> None:
-        bins = len(_EDGES) + 1
+    def __init__(self, edges: tuple[float, ...] = _EDGES) -> None:
+        self.edges = edges
+        bins = len(edges) + 1
         self.accepted = torch.zeros(2, bins, dtype=torch.float64)
         self.seen = torch.zeros(2, bins, dtype=torch.float64)
 
     def add(self, step: int, confidence: Float[Tensor, " rows"], accepted: Float[Tensor, " rows"]) -> None:
         """Add rows of one drafting step; ``accepted`` may be a probability."""
-        index = torch.bucketize(confidence.double().cpu(), torch.tensor(_EDGES, dtype=torch.float64), right=True)
+        index = torch.bucketize(confidence.double().cpu(), torch.tensor(self.edges, dtype=torch.float64), right=True)
         kind = min(step, 1)
         self.accepted[kind].index_add_(0, index, accepted.double().cpu())
         self.seen[kind].index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
@@ -40,4 +41,4 @@ class AcceptanceCounter:
             fitted = isotonic_regression(raw.numpy(), weights=seen.numpy()).x
             acceptance.append(tuple(float(value) for value in fitted))
             share.append(tuple((seen / seen.sum()).tolist()))
-        return Calibration(_EDGES, (acceptance[0], acceptance[1]), (share[0], share[1]))
+        return Calibration(self.edges, (acceptance[0], acceptance[1]), (share[0], share[1]))

@@ -81,6 +81,10 @@ def bench(
         notes = list(drafting.notes)
         methods.append(Restpoint(RESTPOINT, drafting, options.temperature))
         records[RESTPOINT] = Record(RESTPOINT, settings=_drafts_by(drafting))
+        for source in () if options.quick or drafting.profile is None else ("predictor", "lookup"):
+            alone = Decoder(loaded, drafting.profile, source)
+            methods.append(Restpoint(f"{RESTPOINT} {source} only", alone, options.temperature))
+            records[methods[-1].name] = Record(methods[-1].name)
     _prepare(methods, records, prompts[0][0], options, report)
     laps = _run(methods, records, prompts, options, began, report)
     if options.temperature == 0:

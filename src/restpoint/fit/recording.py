@@ -45,12 +45,28 @@ class Recording:
             return None
         return "greedy" if (index - self.natural) % 2 == 0 else "sampled"
 
+    @property
+    def has_own_text(self) -> bool:
+        """Whether text of the model's own, of either kind, is held out."""
+        return {self.own(index) for index in self.held_out} >= {"greedy", "sampled"}
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of text that the model's own sequences begin with."""
+        return _prompt_length(self.store.layout.length)
+
+    def held_out_tokens(self) -> Iterator[tuple[int, list[int]]]:
+        """Index and token ids of every held-out sequence."""
+        for index in self.held_out:
+            ids, _states = next(self.store.read([index]))
+            yield index, ids[0].tolist()
+
     def held_out_chunk(self, index: int) -> Chunk:
         """One sequence; of the model's own ones only what follows the prompt, which is text fitted on elsewhere."""
         chunk = next(self.chunks([index]))
         if self.own(index) is None:
             return chunk
-        start = _prompt_length(self.store.layout.length)
+        start = self.prompt_length
         return Chunk(chunk.states[:, start:], chunk.rest[:, start:], chunk.layers)
 
     def chunks(self, indices: list[int]) -> Iterator[Chunk]:

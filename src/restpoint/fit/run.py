@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from restpoint.decode.target import LayeredTarget
 from restpoint.equilibrium.fitting import Chunk, FitProgress, FitSettings, fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.predictors import IdentityPredictor, Predictor
 from restpoint.errors import RestpointError
-from restpoint.fit.measuring import measure
+from restpoint.fit.measuring import CostMeter, measure, measure_lookup
 from restpoint.fit.options import FitOptions
 from restpoint.fit.recording import Progress, Recording, record
 from restpoint.model.check import check
@@ -34,7 +35,7 @@ class FitReport:
     tokens: int
 
 
-def fit(
+def fit_profile(
     loaded: Loaded,
     texts: Iterable[str],
     options: FitOptions | None = None,
@@ -71,12 +72,13 @@ def fit(
     recorded = record(loaded, layered, texts, options, exits, Path(output) / "states", report)
     predictors = _solve(recorded, options, exits, report)
     vocabulary = recorded.frequent_tokens(options.vocabulary) if options.vocabulary else None
+    meter = CostMeter(LayeredTarget(layered))
     drafting: dict[str, Drafting] = {}
     rows: list[Measured] = []
     for index, (name, predictor) in enumerate(predictors.items()):
         report("measure", index, len(predictors))
         allowed = vocabulary if layered.head.direct else None
-        drafting[name], row = measure(recorded, predictor, allowed)
+        drafting[name], row = measure(recorded, predictor, allowed, meter)
         rows.append(row)
     report("measure", len(predictors), len(predictors))
     rows.sort(key=lambda row: -(row.expected_speed or 0))
@@ -87,6 +89,7 @@ def fit(
         predictors=predictors,
         drafting=drafting,
         vocabulary=vocabulary if layered.head.direct else None,
+        lookup=measure_lookup(recorded, meter),
         measured=tuple(rows),
         fitted_on={**asdict(options), "tokens": recorded.tokens, "text_sha256": recorded.text_hash},
     )

@@ -52,6 +52,7 @@ class ExitDrafter(Drafter):
         self.sampler = sampler
         self.controller = controller
         self.vocabulary = None if vocabulary is None else vocabulary.to(layered.device)
+        self._computed = 0
         self._rows = None if vocabulary is None else layered.head.rows(vocabulary)
 
     def propose(self, path: Path, room: int) -> Draft:
@@ -63,6 +64,7 @@ class ExitDrafter(Drafter):
         confidences: list[float] = []
         exits: list[Tensor] = []
         rest, reach = path.rest, 1.0
+        self._computed = 0
         while len(tokens) <= room:
             wanted = controller.another(len(tokens), reach, room)
             if not wanted and (not tokens or layer == 0):
@@ -76,6 +78,7 @@ class ExitDrafter(Drafter):
                 break
             rest = self.predictor.predict([states[index] for index in self._reads], rest, len(tokens))
             token, confidence, law = self._next(rest, path.tokens + tokens)
+            self._computed += 1
             reach = controller.include(len(tokens), reach, confidence, room)
             if reach == 0.0:
                 break
@@ -93,7 +96,7 @@ class ExitDrafter(Drafter):
 
     def observe(self, draft: Draft, accepted: int) -> None:
         """See :meth:`Drafter.observe`."""
-        self.controller.observe(draft.confidences, accepted)
+        self.controller.observe(draft.confidences, accepted, self._computed)
 
     @property
     def _reads(self) -> tuple[int, ...]:
