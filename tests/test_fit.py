@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,29 @@ def test_damaged_profiles_are_refused(fitted: tuple[Path, FitReport], tmp_path: 
     ):
         with pytest.raises(RestpointError, match=said):
             Profile.load(damaged(name, content))
+
+
+def test_push_to_hub_uploads_a_profile_that_loads(
+    fitted: tuple[Path, FitReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's client is watched, not called: what it would upload is a complete profile."""
+    calls: dict[str, dict[str, object]] = {}
+
+    def create_repo(_api: object, repository: str, **options: object) -> None:
+        calls["create"] = {"repository": repository, **options}
+
+    def upload_folder(_api: object, **options: object) -> str:
+        shutil.copytree(str(options["folder_path"]), tmp_path / "uploaded")
+        calls["upload"] = options
+        return "https://hub/commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    profile = Profile.load(fitted[0])
+    assert profile.push_to_hub("someone/profile") == "https://hub/commit"
+    assert calls["create"] == {"repository": "someone/profile", "private": True, "exist_ok": True}
+    assert calls["upload"]["repo_id"] == "someone/profile"
+    assert Profile.load(tmp_path / "uploaded").drafting == profile.drafting
 
 
 def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport]) -> None:

@@ -1,5 +1,7 @@
 """Text in, text out, on the bundled model with its bundled profile."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
@@ -124,6 +126,17 @@ def test_processors_apply_to_drafts_too(plain: Decoder, fast: Decoder) -> None:
     expected = plain.generate("def f(", settings, max_tokens=30, processors=processors)
     drafted = fast.generate("def f(", settings, max_tokens=30, processors=processors, draft_tokens=4)
     assert drafted.tokens == expected.tokens
+
+
+def test_streams_can_be_read_in_turn(plain: Decoder, fast: Decoder) -> None:
+    """Each text has a cache of its own."""
+    prompts = ["def read(path):\n", "Question: Tom has"]
+    expected = [plain.generate(prompt, max_tokens=20).text for prompt in prompts]
+    streams = [fast.stream(prompt, max_tokens=20) for prompt in prompts]
+    texts = ["", ""]
+    for pieces in itertools.zip_longest(*streams):
+        texts = [text + (piece.text if piece else "") for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == expected
 
 
 def test_context_limit_is_said(reference: Loaded, fast: Decoder) -> None:

@@ -90,7 +90,6 @@ def test_taking_turns_changes_nothing_and_uses_both(temperature: float) -> None:
     tokens = [token for turn in rounds for token in turn.tokens]
     assert len(tokens) == 60
     assert all(0 <= token < VOCABULARY for token in tokens)
-    assert seen.count(LookupDrafter) >= 1
     if temperature == 0:
         assert set(seen) == {LookupDrafter, ExitDrafter}
         plain = [t for turn in decode(target, prompt, sampler, stopping) for t in turn.tokens]

@@ -179,6 +179,8 @@ class Generate:
         from restpoint.generate import Decoder
 
         decoder = Decoder(self.loading.load(model), profile, self.source)
+        for note in decoder.notes:
+            console.say(note)
         rounds = console.write_pieces(
             decoder.stream(
                 prompt,
@@ -189,6 +191,8 @@ class Generate:
                 draft_tokens=self.draft_tokens,
             )
         )
+        if rounds[-1].finished == "context":
+            console.say(f"stopped: the model's context of {decoder.loaded.context_length} tokens is full")
         if self.stats:
             console.show_statistics(decoder, rounds)
 

@@ -97,7 +97,7 @@ def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
         "tokens of each pass: " + " ".join(str(len(turn.tokens)) for turn in rounds[1:]),
         "passes by tokens: " + ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)),
     ]
-    for line in [*lines, *decoder.notes]:
+    for line in lines:
         print(line, file=sys.stderr)
 
 

@@ -136,7 +136,6 @@ class Decoder:
             reason = next(refused[name] for name in ("depth", "cached", "rollback") if name in refused)
             self.notes.append(f"decoding plainly, by the model's own forward: {reason}")
             profile = None
-        self.target: Target = LayeredTarget(self.layered) if self.capabilities.drafts else NativeTarget(self.layered)
         if profile is not None and not self._can_draft(profile):
             profile = None
         self.profile = profile if profile is None else self._with_current_costs(profile)
@@ -232,8 +231,12 @@ class Decoder:
         stopping = Stopping(max_tokens, end, self.loaded.context_length)
         if draft_tokens is not None and draft_tokens < 0:
             raise RestpointError(f"draft_tokens is {draft_tokens}; it must be 0 or more, or left out")
-        drafter = None if self.profile is None or draft_tokens == 0 else self._drafter(sampler, draft_tokens)
-        return decode(self.target, ids, sampler, stopping, drafter)
+        # a cache of its own for each text: several streams may be read in turn
+        target: Target = LayeredTarget(self.layered) if self.capabilities.drafts else NativeTarget(self.layered)
+        drafter = None
+        if self.profile is not None and draft_tokens != 0 and isinstance(target, LayeredTarget):
+            drafter = self.drafter(self.profile, target, sampler, draft_tokens)
+        return decode(target, ids, sampler, stopping, drafter)
 
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end a text, from the model's generation config and its tokenizer."""
@@ -243,10 +246,11 @@ class Decoder:
             ends = self.loaded.tokenizer.eos_token_id
         return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
-    def _drafter(self, sampler: Sampler, draft_tokens: int | None) -> Drafter:
-        profile, target, pace = self.profile, self.target, Pace()
-        assert profile is not None
-        assert isinstance(target, LayeredTarget)
+    def drafter(
+        self, profile: Profile, target: LayeredTarget, sampler: Sampler, draft_tokens: int | None = None
+    ) -> Drafter:
+        """Who drafts one text on one target, with what the profile knows; it learns as the text goes on."""
+        pace = Pace()
 
         def controller(drafting: Drafting) -> Controller:
             calibration = drafting.greedy if sampler.greedy else drafting.sampling
@@ -278,8 +282,7 @@ class Decoder:
         here = device_name(self.layered.device), name_of(self.layered.dtype)
         if (costs.device, costs.dtype) == here:
             return profile
-        assert isinstance(self.target, LayeredTarget)
-        meter = CostMeter(self.target)
+        meter = CostMeter(LayeredTarget(self.layered))
         predictor = profile.predictors[profile.chosen]
         return profile.with_costs(meter.of(predictor, profile.vocabulary), meter.of_lookup())
 

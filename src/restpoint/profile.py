@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -190,8 +191,6 @@ class Profile:
         """Upload to a Hugging Face model repository, made if missing; return the address of the commit."""
         api = HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="restpoint profile"))

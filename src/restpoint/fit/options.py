@@ -12,11 +12,11 @@ class FitOptions:
 
     max_tokens: int = 200_000
     """Tokens of text to fit on, the model's own included."""
-    own_share: float = 0.35
+    own_share: float = 0.2
     """Share of these that the model writes itself, as continuations of the text: decoding sees its own words."""
     exit_layers: Layers = ()
     """Layers to draft from; empty for 0 and a quarter of the depth. At 0 no layer runs."""
-    features: int = 1536
+    features: int = 1024
     """Random features of the rest-point recurrence; more draft better and slower. 0 for linear maps only."""
     feature_layers: Layers = (0,)
     """Exit layers whose recurrence is fitted with random features too, which takes most of the time."""
@@ -26,10 +26,10 @@ class FitOptions:
     """Tokens that may be drafted, the most frequent of the text; 0 for all. Verification is exact in any case."""
     sequence_length: int = 256
     """Tokens of each recorded sequence."""
-    batch: int = 16
+    batch: int = 32
     """Sequences read at once."""
     held_out: float = 0.06
-    """Share of the sequences kept aside for ridge strengths, acceptance and calibration."""
+    """Share of the text kept aside for ridge strengths, acceptance and calibration; of the model's own, a quarter."""
     seed: int = 0
     """Seed of the random features and of the model's own text."""
     keep_states: Flag = False

@@ -35,7 +35,8 @@ class Recording:
         self.text_hash = text_hash
         self.tokens = store.count * store.layout.length
         every = max(2, round(1 / options.held_out))
-        self.held_out = [index for index in range(store.count) if index % every == every - 1]
+        self.held_out = [index for index in range(natural) if index % every == every - 1]
+        self.held_out += [index for index in range(natural, store.count) if (index - natural) % 8 < _OWN_HELD_OUT]
         aside = set(self.held_out)
         self.fitted = [index for index in range(store.count) if index not in aside]
 
@@ -93,6 +94,10 @@ class Recording:
         rows = max(1, 4_000_000 // self.layered.vocabulary_size)
         blocks = zip(predicted.split(rows), true.split(rows), strict=True)
         return torch.cat([acceptance(self.laws(p), self.laws(t)) for p, t in blocks])
+
+
+_OWN_HELD_OUT = 2
+"""Of every eight sequences that the model writes, how many are held out: calibration rests on them."""
 
 
 def _prompt_length(length: int) -> int:

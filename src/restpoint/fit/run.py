@@ -81,7 +81,7 @@ def fit_profile(
         drafting[name], row = measure(recorded, predictor, allowed, meter)
         rows.append(row)
     report("measure", len(predictors), len(predictors))
-    rows.sort(key=lambda row: -(row.expected_speed or 0))
+    rows.sort(key=lambda row: (-round(row.expected_speed or 0, 2), -row.acceptance))
     profile = Profile(
         fingerprint=fingerprint(loaded),
         model=loaded.name,
@@ -102,7 +102,9 @@ def fit_profile(
 def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], report: Progress) -> dict[str, Predictor]:
     """Every predictor at every exit layer, in closed form."""
     jobs: list[tuple[str, Callable[[Callable[[FitProgress], None]], Predictor]]] = []
-    linear = FitSettings(strengths=(1e-5, 1e-4, 1e-3, 1e-2), features=0, steps=options.steps, seed=options.seed)
+    linear = FitSettings(
+        strengths=(1e-5, 1e-3, 1e-2), features=0, steps=options.steps, seed=options.seed, product_precision="float32"
+    )
     lifted = replace(linear, features=options.features)
 
     def stream() -> Iterator[Chunk]:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from restpoint.model.layered import LayeredModel, Plan
+from restpoint.transport.variation import draw
 
 
 def pack(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
@@ -52,7 +53,7 @@ def continue_texts(
     """
     batch = prompts.shape[0]
     generator = torch.Generator(device=layered.device).manual_seed(seed)
-    takes_best = torch.tensor([greedy(row) for row in range(batch)], device=layered.device)
+    sampled = torch.tensor([row for row in range(batch) if not greedy(row)], device=layered.device)
     cache = layered.cache(batch=batch, capacity=length)
     ids, block, states = [prompts], prompts, []
     while True:
@@ -62,8 +63,11 @@ def continue_texts(
         if cache.lengths[0] == length:
             return torch.cat(ids, 1), torch.cat(states, 1)
         logits = layered.logits(kept[-1][:, -1:])[:, 0].float()
-        drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
-        block = torch.where(takes_best, logits.argmax(-1), drawn)[:, None]
+        tokens = logits.argmax(-1)
+        if len(sampled):
+            uniform = torch.rand(len(sampled), generator=generator, device=layered.device)
+            tokens[sampled] = draw(torch.softmax(logits[sampled], -1), uniform)
+        block = tokens[:, None]
         ids.append(block)
 
 
