@@ -14,7 +14,7 @@ from families import VOCABULARY, build
 from restpoint.decode.calibrate import AcceptanceCounter
 from restpoint.decode.control import Calibration, Controller
 from restpoint.decode.costs import Costs
-from restpoint.decode.draft import Draft, Drafter, Path
+from restpoint.decode.draft import Draft, Drafter, TokenPath
 from restpoint.decode.drafters.exit import ExitDrafter
 from restpoint.decode.loop import Round, Stopping, decode
 from restpoint.decode.sampling import Sampler
@@ -81,7 +81,7 @@ def test_a_perfect_drafter_is_always_accepted() -> None:
             self.text = text
             self.accepted: list[int] = []
 
-        def propose(self, path: Path, room: int) -> Draft:
+        def propose(self, path: TokenPath, room: int) -> Draft:
             return Draft(self.text[len(path.tokens) : len(path.tokens) + min(5, room)])
 
         def observe(self, draft: Draft, accepted: int) -> None:
@@ -309,6 +309,40 @@ def test_processors_see_their_own_prefix(penalty: float) -> None:
     for name in ("lens", "recurrence-without-layers"):
         drafter = drafter_for(target, predictors(layered)[name], sampler, 4)
         assert tokens_of(decode(target, prompt, sampler, Stopping(max_tokens=30), drafter)) == expected
+
+
+class OnlyOdd(LogitsProcessor):
+    """Allows odd tokens only, none of which is in the draft vocabulary of these tests."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()  # type: ignore[assignment]
+        scores[:, ::2] = float("-inf")
+        return scores
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_drafted_where_processors_leave_nothing_to_draft(temperature: float) -> None:
+    layered = LayeredModel(build("llama"))
+    target = LayeredTarget(layered)
+    sampler = Sampler(SamplingSettings(temperature=temperature), LogitsProcessorList([OnlyOdd()]))
+    drafter = drafter_for(target, predictors(layered)["lens"], sampler, 3)
+    rounds = list(decode(target, [5, 17, 33], sampler, Stopping(max_tokens=20), drafter))
+    assert all(token % 2 == 1 for token in tokens_of(iter(rounds)))
+    assert sum(turn.drafted for turn in rounds) == 0
+
+
+@pytest.mark.parametrize("name", ["affine", "recurrence-without-layers"])
+def test_low_precision_decodes(name: str) -> None:
+    """bfloat16: the same code runs, and output is the target's own up to ties within rounding."""
+    layered = LayeredModel(build("llama", "sdpa", torch.bfloat16))
+    target, sampler = LayeredTarget(layered), Sampler(SamplingSettings())
+    drafter = drafter_for(target, predictors(layered)[name], sampler, 3)
+    prompt = [5, 17, 33]
+    tokens = prompt + tokens_of(decode(target, prompt, sampler, Stopping(max_tokens=30), drafter))
+    logits = layered.model(torch.tensor([tokens]), use_cache=False).logits[0, 2:-1].float()
+    chosen = logits.gather(1, torch.tensor(tokens[3:])[:, None])[:, 0]
+    rounding = 8 * torch.finfo(torch.bfloat16).eps * float(logits.abs().max())
+    assert float((logits.amax(1) - chosen).max()) <= rounding
 
 
 def test_stopping_rules_never_add_a_token() -> None:

@@ -8,7 +8,7 @@ import torch
 from families import VOCABULARY, build
 from restpoint.decode.control import Calibration, Controller, Pace
 from restpoint.decode.costs import Costs
-from restpoint.decode.draft import Draft, Path
+from restpoint.decode.draft import Draft, TokenPath
 from restpoint.decode.drafters.exit import ExitDrafter
 from restpoint.decode.drafters.lookup import LONGEST_MATCH, MATCH_EDGES, LookupDrafter, SuffixIndex, match_confidences
 from restpoint.decode.drafters.turns import TakingTurns
@@ -80,7 +80,7 @@ def test_taking_turns_changes_nothing_and_uses_both(temperature: float) -> None:
     seen: list[type] = []
 
     class Watched(TakingTurns):
-        def propose(self, path: Path, room: int) -> Draft:
+        def propose(self, path: TokenPath, room: int) -> Draft:
             draft = super().propose(path, room)
             seen.append(type(self._drafted_by))
             return draft

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass
-class Path:
+class TokenPath:
     """The text so far, as the loop keeps it.
 
     Attributes:
@@ -49,7 +49,7 @@ class Drafter(ABC):
     """Proposes tokens that may follow a path."""
 
     @abstractmethod
-    def propose(self, path: Path, room: int) -> Draft:
+    def propose(self, path: TokenPath, room: int) -> Draft:
         """Draft at most ``room`` tokens after the path's pending token; none is always allowed.
 
         The law of each token, and whether it is proposed at all, must be fixed before anything of the target at

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from restpoint.decode.draft import Draft, Drafter, Path
+from restpoint.decode.draft import Draft, Drafter, TokenPath
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.target import Target
 from restpoint.decode.verify import Outcome, verify
@@ -99,7 +99,7 @@ def decode(
     """
     _check_prompt(prompt, target.layered.vocabulary_size, stopping.context_length)
     work = target.layered.work
-    path = Path(list(prompt), None)
+    path = TokenPath(list(prompt), None)
     calls, began = work.layer_calls, time.perf_counter()
     turn = _read_prompt(target, path, sampler)
     while True:
@@ -126,14 +126,14 @@ class _Turn:
 
 
 @torch.inference_mode()
-def _read_prompt(target: Target, path: Path, sampler: Sampler) -> _Turn:
+def _read_prompt(target: Target, path: TokenPath, sampler: Sampler) -> _Turn:
     began = time.perf_counter()
     scored = target.prefill(path.tokens)
     return _Turn(_NO_DRAFT, verify(scored.logits, _NO_DRAFT, path.tokens, sampler), scored.rest, began)
 
 
 @torch.inference_mode()
-def _speculate(target: Target, path: Path, sampler: Sampler, drafter: Drafter | None, room: int) -> _Turn:
+def _speculate(target: Target, path: TokenPath, sampler: Sampler, drafter: Drafter | None, room: int) -> _Turn:
     """Draft, score, verify, commit."""
     draft = _NO_DRAFT if drafter is None else drafter.propose(path, room)
     drafted_at = time.perf_counter()

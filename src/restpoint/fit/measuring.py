@@ -6,7 +6,7 @@ from torch import Tensor
 from restpoint.decode.calibrate import AcceptanceCounter
 from restpoint.decode.control import Calibration, Controller
 from restpoint.decode.costs import Costs, device_name, measure_drafts, measure_passes, name_of
-from restpoint.decode.draft import Path
+from restpoint.decode.draft import TokenPath
 from restpoint.decode.drafters.exit import ExitDrafter
 from restpoint.decode.drafters.lookup import MATCH_EDGES, SuffixIndex, match_confidences
 from restpoint.decode.sampling import Sampler
@@ -46,7 +46,7 @@ class CostMeter:
         drafter = ExitDrafter(self.target, predictor, Sampler(SamplingSettings()), controller, vocabulary)
         layered = self.target.layered
         rest = torch.zeros(1, 1, layered.hidden_size, dtype=layered.dtype, device=layered.device)
-        path = Path([1 % layered.vocabulary_size] * 129, rest)
+        path = TokenPath([1 % layered.vocabulary_size] * 129, rest)
 
         def draft(count: int) -> None:
             controller.fixed = count

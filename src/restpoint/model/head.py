@@ -59,7 +59,7 @@ class Head:
         assert isinstance(self.unembedding, nn.Linear)
         if weight is None:
             return self.after(self.unembedding(rest.to(self.unembedding.weight.dtype)))
-        return self.after(nn.functional.linear(rest.to(weight.dtype), weight, bias))
+        return self.after(nn.functional.linear(rest.to(weight.device, weight.dtype), weight, bias))
 
     @torch.no_grad()
     def rows(self, tokens: Int[Tensor, " tokens"]) -> tuple[Tensor, Tensor | None]:

@@ -1,10 +1,12 @@
 """Drafts read from an early layer, or from no layer at all, through a predictor of the rest state."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from restpoint.decode.control import Controller
-from restpoint.decode.draft import Draft, Drafter, Path
+from restpoint.decode.draft import Draft, Drafter, TokenPath
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.target import LayeredTarget
 from restpoint.equilibrium.predictors import Predictor
@@ -48,14 +50,14 @@ class ExitDrafter(Drafter):
         if vocabulary is not None and not layered.head.direct:
             raise RestpointError("vocabulary: this model's head cannot be cut to some tokens; leave it out")
         self.target = target
-        self.predictor = predictor.to(layered.device)
+        self.predictor = predictor.to(layered.device, layered.dtype)
         self.sampler = sampler
         self.controller = controller
         self.vocabulary = None if vocabulary is None else vocabulary.to(layered.device)
         self._computed = 0
         self._rows = None if vocabulary is None else layered.head.rows(vocabulary)
 
-    def propose(self, path: Path, room: int) -> Draft:
+    def propose(self, path: TokenPath, room: int) -> Draft:
         """See :meth:`Drafter.propose`; the controller decides, token by token."""
         controller, layer = self.controller, self.predictor.exit_layer
         room = min(room, controller.longest)
@@ -79,6 +81,8 @@ class ExitDrafter(Drafter):
             rest = self.predictor.predict([states[index] for index in self._reads], rest, len(tokens))
             token, confidence, law = self._next(rest, path.tokens + tokens)
             self._computed += 1
+            if math.isnan(confidence):  # processors left no token that may be drafted
+                break
             reach = controller.include(len(tokens), reach, confidence, room)
             if reach == 0.0:
                 break

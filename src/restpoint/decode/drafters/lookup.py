@@ -1,7 +1,7 @@
 """Drafts copied from the text itself: what followed the last tokens where they stood before."""
 
 from restpoint.decode.control import Controller
-from restpoint.decode.draft import Draft, Drafter, Path
+from restpoint.decode.draft import Draft, Drafter, TokenPath
 
 LONGEST_MATCH = 16
 MATCH_EDGES = tuple((length + 0.5) / LONGEST_MATCH for length in (2, 3, 4, 6, 9, 15))
@@ -68,13 +68,13 @@ class LookupDrafter(Drafter):
         self.controller = controller
         self.index = SuffixIndex()
 
-    def prospect(self, path: Path, room: int) -> tuple[list[int], list[float]]:
+    def prospect(self, path: TokenPath, room: int) -> tuple[list[int], list[float]]:
         """Tokens that could be drafted, and their confidences."""
         self.index.extend(path.tokens)
         tokens, length = self.index.longest(min(room, self.controller.longest))
         return tokens, match_confidences(length, len(tokens))
 
-    def propose(self, path: Path, room: int) -> Draft:
+    def propose(self, path: TokenPath, room: int) -> Draft:
         """See :meth:`Drafter.propose`."""
         tokens, confidences = self.prospect(path, room)
         count = self.controller.best_length(confidences, room)

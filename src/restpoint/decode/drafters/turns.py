@@ -1,6 +1,6 @@
 """Two sources of drafts that take turns: the text's own repetitions, and the rest-point predictor."""
 
-from restpoint.decode.draft import Draft, Drafter, Path
+from restpoint.decode.draft import Draft, Drafter, TokenPath
 from restpoint.decode.drafters.exit import ExitDrafter
 from restpoint.decode.drafters.lookup import LookupDrafter
 
@@ -21,7 +21,7 @@ class TakingTurns(Drafter):
         self.predictor = predictor
         self._drafted_by: Drafter = predictor
 
-    def propose(self, path: Path, room: int) -> Draft:
+    def propose(self, path: TokenPath, room: int) -> Draft:
         """See :meth:`Drafter.propose`."""
         _, confidences = self.lookup.prospect(path, room)
         copied = self.lookup.controller.gain(confidences, room)
