@@ -33,7 +33,7 @@ def _no_bundled_profile(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def profile(reference, tmp_path_factory):
     flat = Calibration((), ((0.9,), (0.9,)), ((1.0,), (1.0,)))
-    costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, 0.01)
+    costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, (0.01, 0.01))
     predictor = replace(IdentityPredictor((12,)), name="lens@12")
     made = Profile(
         fingerprint(reference),
@@ -42,6 +42,7 @@ def profile(reference, tmp_path_factory):
         {"lens@12": predictor},
         {"lens@12": Drafting(flat, flat, costs)},
         torch.arange(8192),
+        Drafting(flat, flat, costs),
     )
     folder = tmp_path_factory.mktemp("profile")
     made.save(folder)
@@ -186,7 +187,7 @@ def test_bench_shows_and_writes(capsys, tmp_path, profile):
     assert "huggingface early exit" in out
     assert "lens@12" in out
     assert err == ""
-    assert len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 10
+    assert len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 14
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
 

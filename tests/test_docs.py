@@ -212,4 +212,4 @@ def test_fit_profile_is_the_function_whatever_was_imported_before():
     import restpoint.fit.run
     from restpoint import fit_profile
 
-    assert fit_profile is restpoint.fit.run.fit
+    assert fit_profile is restpoint.fit.run.fit_profile

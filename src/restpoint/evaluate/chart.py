@@ -10,8 +10,10 @@ from restpoint.evaluate.rows import AVERAGE, BenchReport, Row
 FORMATS = (".png", ".svg", ".pdf")
 
 # Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision, and by lightness in print.
-_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
+_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73")
+_OWN_COLOUR = "#D55E00"
 _BASELINE = "restpoint plain"
+_OWN = "restpoint"
 _BAR_SHARE = 0.84
 
 
@@ -42,11 +44,13 @@ def draw(report: BenchReport, path: Path | str) -> None:
     check_path(path)
     methods = _drawn(report)
     domains = list(dict.fromkeys(row.domain for row in report.rows))
-    figure = Figure(figsize=(max(7.0, 1.2 + 0.52 * len(domains) * max(3, len(methods))), 5.2), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 1.2 + 0.4 * len(domains) * max(3, len(methods))), 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for place, rows in enumerate(methods.values()):
-        _bars(axes, rows, domains, place, len(methods))
+    others = [method for method in methods if method != _OWN]
+    for place, (method, rows) in enumerate(methods.items()):
+        colour = _OWN_COLOUR if method == _OWN else _COLOURS[others.index(method) % len(_COLOURS)]
+        _bars(axes, rows, domains, place, len(methods), colour)
     plain = next(row for row in report.rows if row.method == _BASELINE and row.domain == AVERAGE)
     name = f"{_BASELINE} ({plain.tokens_per_second:.0f} tokens/s)"
     axes.axhline(1.0, color="#333333", linewidth=1.2, linestyle=(0, (5, 3)), zorder=1, label=name)
@@ -69,14 +73,13 @@ def _drawn(report: BenchReport) -> dict[str, dict[str, Row]]:
     return methods
 
 
-def _bars(axes: Any, rows: dict[str, Row], domains: list[str], place: int, count: int) -> None:
+def _bars(axes: Any, rows: dict[str, Row], domains: list[str], place: int, count: int, colour: str) -> None:
     width = _BAR_SHARE / count
     shown = [(at, rows[domain]) for at, domain in enumerate(domains) if domain in rows]
     centres = [at - _BAR_SHARE / 2 + width * (place + 0.5) for at, _ in shown]
     heights = [row.ratio_to_plain or 0.0 for _, row in shown]
     average = rows[AVERAGE]
     name = f"{average.method} ({average.tokens_per_second:.0f} tokens/s)"
-    colour = _COLOURS[place % len(_COLOURS)] if average.method != "restpoint" else _COLOURS[-1]
     axes.bar(centres, heights, width * 0.92, color=colour, label=name, zorder=2)
     for centre, (_, row), height in zip(centres, shown, heights, strict=True):
         top = height
@@ -84,7 +87,7 @@ def _bars(axes: Any, rows: dict[str, Row], domains: list[str], place: int, count
             whiskers = [[max(0.0, height - row.ratio_low)], [max(0.0, row.ratio_high - height)]]
             axes.errorbar(centre, height, whiskers, color="#222222", linewidth=1.1, capsize=2.5, zorder=3)
             top = max(height, row.ratio_high)
-        weight = "bold" if row.method == "restpoint" else "normal"
+        weight = "bold" if row.method == _OWN else "normal"
         axes.annotate(
             f"{height:.2f}",
             (centre, top),
