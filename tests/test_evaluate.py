@@ -304,7 +304,7 @@ def test_written_json_has_all_that_the_report_has(report, tmp_path):
     assert len(content["rows"]) == len(report.rows)
     conditions = content["conditions"]
     assert conditions["versions"].keys() == {"restpoint", "torch", "transformers"}
-    assert {"device", "threads", "dtype", "attention", "date", "new_tokens", "model", "processor"} <= conditions.keys()
+    assert {"device", "threads", "dtype", "attention", "date", "new_tokens", "model"} <= conditions.keys()
     assert (conditions["new_tokens"], conditions["prompts_per_domain"], conditions["repetitions"]) == (8, 1, 2)
     assert conditions["notes"] == []
 
