@@ -350,7 +350,8 @@ def test_low_precision_decodes(name: str) -> None:
     drafter = drafter_for(target, predictors(layered)[name], sampler, 3)
     prompt = [5, 17, 33]
     tokens = prompt + tokens_of(decode(target, prompt, sampler, Stopping(max_tokens=30), drafter))
-    logits = layered.model(torch.tensor([tokens]), use_cache=False).logits[0, 2:-1].float()
+    with torch.no_grad():
+        logits = layered.model(torch.tensor([tokens]), use_cache=False).logits[0, 2:-1].float()
     chosen = logits.gather(1, torch.tensor(tokens[3:])[:, None])[:, 0]
     rounding = 8 * torch.finfo(torch.bfloat16).eps * float(logits.abs().max())
     assert float((logits.amax(1) - chosen).max()) <= rounding

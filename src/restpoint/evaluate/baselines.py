@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,9 +99,9 @@ class _Tuned(HuggingFace):
             raise Unsupported(reason)
         _, self.settings, self.options, self.defaults = max(rates, key=lambda entry: entry[0])
 
+    @abstractmethod
     def _candidates(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
         """What to try: how rows call it, options of the generation, and defaults of the drafting."""
-        raise NotImplementedError
 
 
 class PromptLookup(_Tuned):
