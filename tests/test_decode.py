@@ -74,7 +74,7 @@ def test_greedy_is_token_identical(family: str, name: str, fixed: int | None) ->
 
 
 def test_a_perfect_drafter_is_always_accepted() -> None:
-    """The exit just below the top, mapped by nothing, drafts the model's own tokens where its last layer is skipped."""
+    """Drafts that are the model's own greedy tokens all stand, and the text comes in the fewest possible passes."""
 
     class Oracle(Drafter):
         def __init__(self, text: list[int]):
