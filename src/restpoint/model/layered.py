@@ -1,6 +1,6 @@
 """A causal LM, one layer at a time, without a line of its modelling code."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -108,7 +108,7 @@ class LayeredModel:
         cache: SlotCache | None = None,
         *,
         offset: int = 0,
-        tree: Tree | None = None,
+        tree: Tree | Sequence[Tree] | None = None,
     ) -> Plan:
         """Prepare a pass over new tokens.
 
@@ -116,19 +116,27 @@ class LayeredModel:
             ids: the tokens, appended to each row of the cache; rows may have different lengths.
             cache: earlier keys and values; None for a pass over the whole sequence that keeps nothing.
             offset: tokens already written after the cache's lengths but not committed (a draft in progress).
-            tree: the tokens are the nodes of this tree, whose root follows each row's last token.
+            tree: the tokens are the nodes of this tree from number ``offset`` on, and its first node follows each
+                row's last token; or one such tree for each row.
         """
         batch, count = ids.shape
         bases = [0] * batch if cache is None else [length + offset for length in cache.lengths]
         uniform = all(base == bases[0] for base in bases)
+        trees = (tree,) * batch if isinstance(tree, Tree) else None if tree is None else tuple(tree)
         if cache is not None:
             cache.reserve(max(bases) + count)
-        if uniform and tree is None and cache is not None and self.plans_ahead and count <= _LOOKAHEAD:
-            return self._plan_ahead(ids, cache, bases[0])
         start = torch.tensor(bases, device=ids.device)[:, None]
         slots = start + torch.arange(count, device=ids.device)
-        positions = slots if tree is None else start + torch.tensor(tree.depths(), device=ids.device)
-        layout = Layout(slots, positions, max(bases) + count, uniform, tree)
+        positions = slots
+        if trees is not None:
+            depths = [own.depths()[offset:] for own in trees]
+            positions = start - offset + torch.tensor(depths, device=ids.device)
+        layout = Layout(slots, positions, max(bases) + count, uniform, trees)
+        if cache is not None and uniform and self.plans_ahead and count <= _LOOKAHEAD:
+            if trees is None:
+                return self._plan_ahead(ids, cache, layout, range(bases[0], bases[0] + count))
+            if batch == 1:
+                return self._plan_ahead(ids, cache, layout, positions[0].tolist())
         if cache is not None:
             cache.seen = max(bases)
         prelude = self.stack.prelude(ids, positions, cache, self._told_mask(layout))
@@ -186,19 +194,16 @@ class LayeredModel:
         positions = start + torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return self.stack.prelude(ids, positions, None, None).hidden
 
-    def _plan_ahead(self, ids: Tensor, cache: SlotCache, base: int) -> Plan:
-        """A plan whose layer arguments are sliced from those of the next positions, prepared once for many passes."""
-        count = ids.shape[1]
+    def _plan_ahead(self, ids: Tensor, cache: SlotCache, layout: Layout, positions: Sequence[int]) -> Plan:
+        """A plan whose layer arguments are taken from those of the next positions, prepared once for many passes."""
         lookahead = cache.lookahead
-        if lookahead is None or not lookahead.covers(base, count):
-            positions = torch.arange(base, base + _LOOKAHEAD, device=ids.device)[None]
-            cache.seen = base
-            dummy = torch.zeros_like(positions)
-            prelude = self.stack.prelude(dummy, positions, cache, self._told_mask(None))
-            lookahead = cache.lookahead = Lookahead(base, _LOOKAHEAD, prelude.arguments, self._query_axes or [])
-        arguments = lookahead.arguments(base, count)
-        slots = torch.arange(base, base + count, device=ids.device).expand(ids.shape)
-        layout = Layout(slots, slots, base + count, uniform=True)
+        if lookahead is None or not lookahead.covers(positions):
+            first = min(cache.lengths)
+            ahead = torch.arange(first, first + _LOOKAHEAD, device=ids.device)[None]
+            cache.seen = first
+            prelude = self.stack.prelude(torch.zeros_like(ahead), ahead, cache, self._told_mask(None))
+            lookahead = cache.lookahead = Lookahead(first, _LOOKAHEAD, prelude.arguments, self._query_axes or [])
+        arguments = lookahead.arguments(positions)
         hidden = self.embed(ids)
         self._replace_masks(arguments, layout, hidden.dtype)
         return Plan(hidden, arguments, cache, _address(layout))
@@ -223,7 +228,7 @@ class LayeredModel:
                 built[kind] = layout.mask(kind, bias, dtype)
             keywords["attention_mask"] = built[kind]
             alibi = keywords.get("alibi")
-            if alibi is not None and (layout.tree is not None or not layout.uniform):
+            if alibi is not None and (layout.trees is not None or not layout.uniform):
                 if id(alibi) not in biases:
                     biases[id(alibi)] = by_slot(alibi, layout.slot_positions())
                 keywords["alibi"] = biases[id(alibi)]

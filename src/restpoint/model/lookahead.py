@@ -1,5 +1,6 @@
 """Layer arguments of the next positions, prepared in one prelude and sliced for each pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,15 @@ class Lookahead:
     prepared: list[dict[str, Any]]
     axes: list[dict[str, Any]]
 
-    def covers(self, base: int, count: int) -> bool:
-        """Whether ``count`` positions from ``base`` on are prepared."""
-        return self.start <= base and base + count <= self.start + self.count
+    def covers(self, positions: Sequence[int]) -> bool:
+        """Whether these positions are prepared."""
+        return self.start <= min(positions) and max(positions) < self.start + self.count
 
-    def arguments(self, base: int, count: int) -> list[dict[str, Any]]:
-        """The arguments of a pass over ``count`` positions from ``base`` on; masks are left to the caller."""
+    def arguments(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """The arguments of a pass over these positions; masks are left to the caller."""
+        chosen: slice | list[int] = [position - self.start for position in positions]
+        if isinstance(positions, range):
+            chosen = slice(chosen[0], chosen[-1] + 1)
         sliced: dict[int, Any] = {}
         passes = []
         for keywords, axes in zip(self.prepared, self.axes, strict=True):
@@ -41,7 +45,7 @@ class Lookahead:
             for name, axis in axes.items():
                 value = keywords[name]
                 if id(value) not in sliced:
-                    sliced[id(value)] = _narrow(value, axis, base - self.start, count)
+                    sliced[id(value)] = _choose(value, axis, chosen)
                 own[name] = sliced[id(value)]
             passes.append(own)
         return passes
@@ -96,9 +100,12 @@ def _axes(one: Any, other: Any, counts: tuple[int, int], total: int) -> Any:
     return None
 
 
-def _narrow(value: Any, axis: Any, start: int, count: int) -> Any:
+def _choose(value: Any, axis: Any, chosen: slice | list[int]) -> Any:
+    """The chosen entries of a tensor, or of each in a tuple, along its axis: a view where they are consecutive."""
     if axis is None:
         return value
     if isinstance(value, Tensor):
-        return value.narrow(axis, start, count)
-    return type(value)(_narrow(item, own, start, count) for item, own in zip(value, axis, strict=True))
+        if isinstance(chosen, slice):
+            return value.narrow(axis, chosen.start, chosen.stop - chosen.start)
+        return value.index_select(axis, torch.tensor(chosen, device=value.device))
+    return type(value)(_choose(item, own, chosen) for item, own in zip(value, axis, strict=True))

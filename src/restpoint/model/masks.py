@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -29,11 +30,11 @@ class Tree:
 
     def ancestors(self) -> Bool[Tensor, "node node"]:
         """Entry (i, j) is true where node j is node i or one of its ancestors."""
-        seen = torch.eye(len(self.parents), dtype=torch.bool)
+        seen = np.eye(len(self.parents), dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
                 seen[node] |= seen[parent]
-        return seen
+        return torch.from_numpy(seen)
 
 
 @dataclass(frozen=True)
@@ -81,30 +82,43 @@ class Layout:
         positions: position of each query; equal to ``slots`` except inside a tree.
         length: number of slots shown to attention.
         uniform: all rows write the same consecutive slots.
-        tree: the tree that the queries are the nodes of, if any.
+        trees: for each row the tree that its queries are the last nodes of, if any; earlier nodes lie in the slots
+            before.
     """
 
     slots: Int[Tensor, "batch query"]
     positions: Int[Tensor, "batch query"]
     length: int
     uniform: bool
-    tree: Tree | None = None
+    trees: tuple[Tree, ...] | None = None
 
     def slot_positions(self) -> Int[Tensor, "batch slot"]:
-        """Position held by each slot: its own index, except where this pass writes a tree."""
-        indices = torch.arange(self.length, device=self.slots.device).expand(self.slots.shape[0], -1)
-        return indices if self.tree is None else indices.scatter(1, self.slots, self.positions)
+        """Position held by each slot: its own index, except where a tree lies."""
+        indices = torch.arange(self.length, device=self.slots.device).repeat(self.slots.shape[0], 1)
+        for row, (tree, root) in enumerate(self._rooted()):
+            depths = torch.tensor(tree.depths(), device=indices.device)
+            indices[row, root : root + len(tree.parents)] = root + depths
+        return indices
+
+    def _rooted(self) -> list[tuple[Tree, int]]:
+        """Each row's tree and the slot of its first node; empty without trees."""
+        if self.trees is None:
+            return []
+        ends = self.slots[:, -1].tolist()
+        return [(tree, end + 1 - len(tree.parents)) for tree, end in zip(self.trees, ends, strict=True)]
 
     def visible(self, window: int | None) -> Bool[Tensor, "batch query slot"]:
         """Which slots each query attends to: causal, along a tree only ancestors, within the window."""
         indices = torch.arange(self.length, device=self.slots.device)
-        if self.tree is None:
+        if self.trees is None:
             visible = indices <= self.slots[..., None]
         else:
-            visible = (indices < self.slots[:, :1, None]).repeat(1, self.slots.shape[1], 1)
-            ancestors = self.tree.ancestors().to(self.slots.device)
-            for row, base in enumerate(self.slots[:, 0].tolist()):
-                visible[row, :, base : base + len(self.tree.parents)] = ancestors
+            queries = self.slots.shape[1]
+            visible = torch.zeros(*self.slots.shape, self.length, dtype=torch.bool)
+            for row, (tree, root) in enumerate(self._rooted()):
+                visible[row, :, :root] = True
+                visible[row, :, root : root + len(tree.parents)] = tree.ancestors()[-queries:]
+            visible = visible.to(self.slots.device)
         if window is not None:
             visible = visible & (self.slot_positions()[:, None] > self.positions[..., None] - window)
         return visible
@@ -112,7 +126,7 @@ class Layout:
     def needs_mask(self, kind: MaskKind) -> bool:
         """False where attention's own causal rule (lower-right aligned) already says the same."""
         queries = self.slots.shape[1]
-        if kind.convention != "visible" or self.tree is not None or not self.uniform:
+        if kind.convention != "visible" or self.trees is not None or not self.uniform:
             return True
         if kind.window is not None and self.length > kind.window:
             return True
