@@ -14,12 +14,12 @@ import torch
 
 from restpoint import bundled, cli, console
 from restpoint.cli import main
-from restpoint.decode.control import Calibration
+from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs, device_name
 from restpoint.equilibrium.predictors import IdentityPredictor
 from restpoint.generate import Decoder
 from restpoint.model.load import load
-from restpoint.profile import Drafting, Profile, fingerprint
+from restpoint.profile import Calibrations, Profile, fingerprint
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many has he?\nAnswer:"
 CPU = ["--dtype", "float32", "--device", "cpu"]
@@ -32,17 +32,17 @@ def _no_bundled_profile(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def profile(reference, tmp_path_factory):
-    flat = Calibration((), ((0.9,), (0.9,)), ((1.0,), (1.0,)))
-    costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, (0.01, 0.01))
+    flat = Calibration.guess((), (0.9,))
+    costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, {"lens@12": (0.01, 0.01)})
     predictor = replace(IdentityPredictor((12,)), name="lens@12")
     made = Profile(
         fingerprint(reference),
         "reference",
         "lens@12",
         {"lens@12": predictor},
-        {"lens@12": Drafting(flat, flat, costs)},
+        {"lens@12": Calibrations(flat, flat)},
+        costs,
         torch.arange(8192),
-        Drafting(flat, flat, costs),
     )
     folder = tmp_path_factory.mktemp("profile")
     made.save(folder)
@@ -118,7 +118,7 @@ def test_stats_go_beside_the_text(capsys, expected, profile):
     out, err = capsys.readouterr()
     assert out == expected + "\n"
     assert "12 new tokens in " in err
-    assert "drafts by lens@12" in err
+    assert "drafts by lookup, recycling, predictor" in err
     assert "of 16 layers a token" in err
     lengths = next(line for line in err.splitlines() if line.startswith("tokens of each pass: "))
     assert sum(int(word) for word in lengths.split(": ")[1].split()) == 11
@@ -132,8 +132,8 @@ def test_bundled_profile_serves_the_bundled_model_unless_plain(capsys, monkeypat
     for arguments in (["generate", *common], ["generate", "--plain", *common]):
         assert main(arguments) == 0
         seen.append(capsys.readouterr().err)
-    assert "drafts by lens@12" in seen[0]
-    assert "no profile" in seen[1]
+    assert "drafts by lookup, recycling, predictor" in seen[0]
+    assert "(plain)" in seen[1]
 
 
 def test_prompt_from_a_pipe_or_a_file(capsys, monkeypatch, tmp_path, expected):
@@ -185,9 +185,9 @@ def test_bench_shows_and_writes(capsys, tmp_path, profile):
     assert main([*arguments, "--domains", "plays", *files, *CPU]) == 0
     out, err = capsys.readouterr()
     assert "huggingface early exit" in out
-    assert "lens@12" in out
+    assert "restpoint predictor only" in out
     assert err == ""
-    assert len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 14
+    assert len(json.loads((tmp_path / "b.json").read_text())["rows"]) == 16
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from restpoint.decode.control import Calibration
+from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs, device_name
 from restpoint.equilibrium.predictors import IdentityPredictor
 from restpoint.errors import RestpointError
@@ -22,11 +22,11 @@ from restpoint.evaluate.speed import PLAIN, RESTPOINT, BenchOptions, _compare, _
 from restpoint.evaluate.statistics import bootstrap_mean, paired_ratio
 from restpoint.evaluate.table import table
 from restpoint.generate import Decoder
-from restpoint.profile import Drafting, Profile, fingerprint
+from restpoint.profile import Calibrations, Profile, fingerprint
 
 METHODS = [
     *("huggingface", PLAIN, "huggingface early exit", "huggingface lookup"),
-    *(RESTPOINT, f"{RESTPOINT} predictor only", f"{RESTPOINT} lookup only"),
+    *(RESTPOINT, f"{RESTPOINT} lookup only", f"{RESTPOINT} recycling only", f"{RESTPOINT} predictor only"),
 ]
 SMALL = BenchOptions(new_tokens=8, prompts=1, repetitions=2, domains=("maths", "plays"))
 
@@ -34,12 +34,12 @@ SMALL = BenchOptions(new_tokens=8, prompts=1, repetitions=2, domains=("maths", "
 @pytest.fixture(scope="module")
 def profile(reference):
     """Drafts by the state of layer 12 as it is; costs that make it draft."""
-    flat = Calibration((), ((0.9,), (0.9,)), ((1.0,), (1.0,)))
-    costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, (0.01, 0.01))
+    flat = Calibration.guess((), (0.9,))
+    costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, {"lens@12": (0.01, 0.01)})
     predictor = replace(IdentityPredictor((12,)), name="lens@12")
-    drafting = {"lens@12": Drafting(flat, flat, costs)}
+    calibrations = {"lens@12": Calibrations(flat, flat)}
     return Profile(
-        fingerprint(reference), "reference", "lens@12", {"lens@12": predictor}, drafting, None, drafting["lens@12"]
+        fingerprint(reference), "reference", "lens@12", {"lens@12": predictor}, calibrations, costs, None
     )
 
 
@@ -277,7 +277,7 @@ def test_plain_rows_are_the_denominator(report):
 
 def test_drafting_rows_count_drafts(report):
     rows = {row.method: row for row in report.rows if row.domain == AVERAGE}
-    assert rows[RESTPOINT].settings == "lens@12"
+    assert rows[RESTPOINT].settings == "lookup, recycling, predictor"
     assert rows[RESTPOINT].tokens_per_pass > 1
     assert rows["huggingface early exit"].settings.startswith("layer ")
     assert rows["huggingface lookup"].settings.endswith(" tokens")
@@ -382,7 +382,7 @@ def test_table_has_every_method_and_the_conditions(report):
     gone = replace(report.rows[-1], method="gone", status="not supported: it crashed")
     console.print(table(replace(report, rows=(*report.rows, gone))))
     text = console.export_text()
-    for words in [*METHODS, "maths", "average", "lens@12", "8 new tokens", "gone: not supported: it crashed"]:
+    for words in [*METHODS, "maths", "average", "lookup, recycling, predictor", "8 new tokens", "gone: not supported: it crashed"]:
         assert words in text
 
 

@@ -15,16 +15,27 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from families import VOCABULARY, build
+from restpoint.decode.costs import Costs
+from restpoint.decode.draft import Candidates, InstantDrafter, TokenPath, Verified
+from restpoint.decode.drafters.tables import TABLES
+from restpoint.decode.sampling import Sampler
+from restpoint.decode.settings import SamplingSettings
+from restpoint.decode.target import LayeredTarget
 from restpoint.errors import RestpointError
+from restpoint.fit.measuring import measure_instant
 from restpoint.fit.options import FitOptions
+from restpoint.fit.recording import record
 from restpoint.fit.run import FitReport, fit_profile
 from restpoint.generate import Decoder
+from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
 from restpoint.profile import Profile, fingerprint
 from restpoint.trajectory.record import pack
 from restpoint.trajectory.store import StateStore, StoreLayout
 
-OPTIONS = FitOptions(max_tokens=3200, sequence_length=32, batch=4, features=48, vocabulary=40, exit_layers=(0, 2))
+OPTIONS = FitOptions(
+    max_tokens=3200, sequence_length=32, batch=4, features=48, heads=2, vocabulary=40, exit_layers=(0, 2)
+)
 
 
 def tiny(family: str = "llama") -> Loaded:
@@ -58,7 +69,69 @@ def test_every_predictor_is_fitted_measured_and_saved(fitted: tuple[Path, FitRep
     assert by_name["ridge@2"].acceptance > by_name["lens@2"].acceptance
     assert report.profile.chosen == report.rows[0].predictor
     assert report.tokens == 3200
+    assert set(report.profile.calibrations) == names | set(TABLES) | {"heads"}
+    assert set(report.profile.costs.draft) == names
+    assert report.profile.costs.largest == 64
+    assert list(report.profile.costs.verify) == sorted(report.profile.costs.verify)
     assert {path.name for path in output.iterdir()} == {"profile.json", "profile.safetensors"}
+
+
+def test_calibrations_say_how_often_drafts_stand(fitted: tuple[Path, FitReport]) -> None:
+    """Random words never repeat, so what is copied or counted rarely stands; the curves rise with confidence."""
+    for name, own in fitted[1].profile.calibrations.items():
+        for calibration in (own.greedy, own.sampling):
+            for acceptance, share in zip(calibration.acceptance, calibration.share, strict=True):
+                assert len(acceptance) == len(share) == len(calibration.edges) + 1, name
+                assert list(acceptance) == sorted(acceptance), name
+                assert all(0 <= value <= 1 for value in acceptance), name
+                assert sum(share) == pytest.approx(1.0)
+            if name in TABLES:
+                assert calibration.edges == TABLES[name].make(VOCABULARY, None).edges
+
+
+class Known(InstantDrafter):
+    """Says of every position what it was told, and of the one after it something else."""
+
+    name = "known"
+    edges = (0.5,)
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self.texts = texts
+        self.learnt = 0
+
+    def candidates(self, path: TokenPath, room: int) -> Candidates:
+        text = next(text for text in self.texts if text[: len(path.tokens)] == path.tokens)
+        place = len(path.tokens)
+        right, wrong = text[place], (text[place] + 1) % VOCABULARY
+        after = [(text[place + 1] + 1) % VOCABULARY] if room > 1 and place + 1 < len(text) else []
+        return Candidates([right, wrong, *after], [-1, -1, *[0 for _ in after]], [0.9, 0.1, *[0.9 for _ in after]])
+
+    def learn(self, path: TokenPath, verified: Verified) -> None:
+        self.learnt += 1
+        assert verified.draft.tokens == ()
+
+
+def test_instant_drafters_are_held_against_the_models_own_text(tmp_path: Path) -> None:
+    """One that is always right at confidence 0.9, always wrong at 0.1, and always wrong one token further on."""
+    loaded = tiny()
+    layered = LayeredModel(loaded.model)
+    recorded = record(loaded, layered, texts(), OPTIONS, (0, 2), tmp_path, lambda *_: None)
+    held_out = [(index, tokens) for index, tokens in recorded.held_out_tokens() if recorded.own(index)]
+    assert len(held_out) > 2
+    drafter = Known([tokens for _, tokens in held_out])
+    found = measure_instant(recorded, drafter)
+    assert drafter.learnt == sum(len(tokens) - recorded.prompt_length for _, tokens in held_out)
+    for calibration in (found.greedy, found.sampling):
+        assert calibration.acceptance[0][0] < 0.05
+        assert calibration.acceptance[0][1] > 0.95
+        assert calibration.acceptance[1][1] < 0.05
+        assert calibration.share[0] == pytest.approx((0.5, 0.5))
+        assert calibration.share[1] == pytest.approx((0.0, 1.0), abs=1e-6)
+    for index, tokens in held_out:
+        with torch.no_grad():
+            expected = loaded.model(torch.tensor([tokens])).logits[0]
+        found = layered.logits(recorded.rests(index)[None])[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_acceptance_is_what_transformers_would_say(fitted: tuple[Path, FitReport], tmp_path: Path) -> None:
@@ -86,7 +159,9 @@ def test_profile_round_trip(fitted: tuple[Path, FitReport]) -> None:
     output, report = fitted
     profile = Profile.load(output)
     assert profile.chosen == report.profile.chosen
-    assert profile.drafting == report.profile.drafting
+    assert profile.calibrations == report.profile.calibrations
+    assert profile.costs == report.profile.costs
+    assert profile.heads is not None
     assert profile.measured == report.profile.measured
     assert profile.vocabulary is not None
     assert torch.equal(profile.vocabulary, report.profile.vocabulary)
@@ -98,12 +173,14 @@ def test_profile_round_trip(fitted: tuple[Path, FitReport]) -> None:
 
 
 def test_profile_decodes_losslessly(fitted: tuple[Path, FitReport]) -> None:
-    loaded = tiny()
-    plain, fast = Decoder(loaded), Decoder(loaded, Profile.load(fitted[0]))
-    for name in fast.profile.predictors if fast.profile else ():
-        assert fast.profile is not None
-        fast.profile = replace(fast.profile, chosen=name)
-        for start in range(4):
+    """By every predictor alone, and by the default: the chosen one with lookup and recycling."""
+    loaded, profile = tiny(), Profile.load(fitted[0])
+    plain = Decoder(loaded)
+    for names in (None, *((name,) for name in profile.predictors), ("heads", "lookahead"), ("dynamic-exit",)):
+        fast = Decoder(loaded, profile, names)
+        assert fast.drafting is not None
+        assert fast.drafting.names == (names or ("lookup", "recycling", "predictor"))
+        for start in range(3):
             prompt = f"w{start + 5} w{start + 20} w7"
             expected = plain.generate(prompt, max_tokens=40, ignore_end=True)
             drafted = fast.generate(prompt, max_tokens=40, ignore_end=True, draft_tokens=4)
@@ -208,18 +285,31 @@ def test_push_to_hub_uploads_a_profile_that_loads(
     assert profile.push_to_hub("someone/profile") == "https://hub/commit"
     assert calls["create"] == {"repository": "someone/profile", "private": True, "exist_ok": True}
     assert calls["upload"]["repo_id"] == "someone/profile"
-    assert Profile.load(tmp_path / "uploaded").drafting == profile.drafting
+    uploaded = Profile.load(tmp_path / "uploaded")
+    assert (uploaded.calibrations, uploaded.costs) == (profile.calibrations, profile.costs)
 
 
 def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport]) -> None:
+    """The profile's own where device and dtype are the same, else measured: once, and for a batch anew."""
     profile = Profile.load(fitted[0])
-    costs = profile.drafting[profile.chosen].costs
-    same = Decoder(tiny(), profile).profile
-    assert same is not None
-    assert same.drafting[same.chosen].costs == costs
-    moved = Decoder(tiny(), profile.with_costs(replace(costs, device="another machine"), costs)).profile
-    assert moved is not None
-    assert moved.drafting[moved.chosen].costs.device == costs.device
+
+    def costs_of(profile: Profile, rows: int = 1) -> tuple[Costs, Costs]:
+        decoder = Decoder(tiny(), profile, (profile.chosen,))
+        assert decoder.drafting is not None
+        target = LayeredTarget(decoder.layered)
+        made = [decoder.drafting.speculator(target, Sampler(SamplingSettings()), rows=rows) for _ in range(2)]
+        assert None not in made
+        return made[0].costs, made[1].costs
+
+    assert costs_of(profile)[0] == profile.costs
+    moved = replace(profile, costs=replace(profile.costs, device="another machine"))
+    once, again = costs_of(moved)
+    assert once == again
+    assert once.device == profile.costs.device
+    assert once.verify != profile.costs.verify
+    assert once.draft[profile.chosen] != profile.costs.draft[profile.chosen]
+    at_zero = replace(profile, chosen="recurrence@0")
+    assert costs_of(at_zero, rows=3)[0].verify != profile.costs.verify
 
 
 def test_bad_options_and_texts(tmp_path: Path) -> None:
@@ -228,6 +318,7 @@ def test_bad_options_and_texts(tmp_path: Path) -> None:
         ({"own_share": 1.0}, r"own_share is 1.0"),
         ({"held_out": 0.0}, "held_out is 0.0"),
         ({"features": -1}, "features is -1"),
+        ({"heads": -2}, "heads is -2"),
         ({"steps": 0}, "steps is 0"),
         ({"sequence_length": 8}, "sequence_length is 8"),
     ):

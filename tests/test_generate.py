@@ -100,10 +100,10 @@ def test_stop_strings_are_cut_exactly(fast: Decoder) -> None:
 def test_unfinished_characters_wait(plain: Decoder) -> None:
     """Bytes of one character that arrive in several tokens are shown once they are whole."""
     from restpoint.decode.loop import Round
-    from restpoint.generate import _Text
+    from restpoint.generate import _Words
 
     ids = plain.loaded.tokenizer("é漢字😀 ok", add_special_tokens=False).input_ids
-    text = _Text(plain, ())
+    text = _Words(plain, ())
     shown = [
         text.add(Round((token,), 0, 0, 0, 0.0, 0.0, "length" if i == len(ids) - 1 else ""))
         for i, token in enumerate(ids)
@@ -158,3 +158,50 @@ def test_bad_requests(fast: Decoder) -> None:
         fast.generate("a", draft_tokens=-1)
     with pytest.raises(RestpointError, match="max_tokens is 0"):
         fast.generate("a", max_tokens=0)
+
+
+def test_drafters_by_name(reference: Loaded, plain: Decoder) -> None:
+    """Instant ones need no profile; what is unknown, or drafts step by step beside another, is refused."""
+    profile = Profile.load(bundled.PROFILE_PATH)
+    assert plain.drafting is None
+    prompt = "def read(path):\n"
+    expected = plain.generate(prompt, max_tokens=24, ignore_end=True).tokens
+    for names in (("lookup",), ("ngrams", "lookahead"), ("recycling",)):
+        decoder = Decoder(reference, drafters=names)
+        assert decoder.drafting is not None
+        assert decoder.drafting.names == names
+        found = decoder.generate(prompt, max_tokens=24, ignore_end=True, draft_tokens=6)
+        assert found.tokens == expected
+        assert found.statistics.drafted > 0
+    with pytest.raises(RestpointError, match=r"'lokup' is unknown; did you mean lookup\?"):
+        Decoder(reference, drafters=("lokup",))
+    with pytest.raises(RestpointError, match="predictor needs a profile|'predictor' is unknown"):
+        Decoder(reference, drafters=("predictor",))
+    with pytest.raises(RestpointError, match="verifier='blok' is not known"):
+        Decoder(reference, verifier="blok")
+    two = tuple(profile.predictors)[:2]
+    with pytest.raises(RestpointError, match="both draft step by step"):
+        Decoder(reference, profile, two).generate("a", max_tokens=4)
+
+
+def test_drafters_keep_what_they_learnt_only_if_they_share(reference: Loaded) -> None:
+    """The second time the same text is written, shared tables know it."""
+    prompt = "def read(path):\n"
+    for share in (False, True):
+        decoder = Decoder(reference, drafters=("ngrams",), share=share)
+        first, second = (decoder.generate(prompt, max_tokens=40, ignore_end=True, draft_tokens=6) for _ in range(2))
+        assert first.tokens == second.tokens
+        gained = second.statistics.accepted - first.statistics.accepted
+        assert (gained > 8) if share else gained == 0
+
+
+@pytest.mark.parametrize("verifier", ["token-wise", "block", "traversal", "recursive", "optimal"])
+def test_every_verifier_samples(reference: Loaded, verifier: str) -> None:
+    """What the law is, test_law.py says; here, that the whole of it runs and repeats itself."""
+    decoder = Decoder(reference, Profile.load(bundled.PROFILE_PATH), verifier=verifier)
+    settings = SamplingSettings(temperature=0.7, top_p=0.9, seed=3)
+    first, second = (
+        decoder.generate("def read(path):\n", settings, max_tokens=24, ignore_end=True, draft_tokens=5) for _ in range(2)
+    )
+    assert first.tokens == second.tokens
+    assert first.statistics.accepted > 0

@@ -1,111 +1,126 @@
-"""Copying from the text: the longest match, against a search of all of it; and taking turns without a changed token."""
+"""Copying from the text: the automaton against a search of all of it, and the tree of what is copied."""
 
 import random
 
 import pytest
-import torch
 
-from families import VOCABULARY, build
-from restpoint.decode.control import Calibration, Controller, Pace
-from restpoint.decode.costs import Costs
-from restpoint.decode.draft import Draft, TokenPath
-from restpoint.decode.drafters.exit import ExitDrafter
-from restpoint.decode.drafters.lookup import LONGEST_MATCH, MATCH_EDGES, LookupDrafter, SuffixIndex, match_confidences
-from restpoint.decode.drafters.turns import TakingTurns
-from restpoint.decode.loop import Stopping, decode
-from restpoint.decode.sampling import Sampler
-from restpoint.decode.settings import SamplingSettings
-from restpoint.decode.target import LayeredTarget
-from restpoint.equilibrium import IdentityPredictor
-from restpoint.model.layered import LayeredModel
-
-COSTS = Costs("here", "float32", (1.0, 1.2, 1.2, 1.25, 1.25, 1.3, 1.3, 1.35), (0.05, 0.05))
-FLAT = Calibration((), ((0.5,), (0.5,)), ((1.0,), (1.0,)))
-BY_MATCH = Calibration(
-    MATCH_EDGES,
-    ((0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)),
-    ((1 / 7,) * 7, (1 / 7,) * 7),
-)
+from drafts import check_tree
+from restpoint.decode.draft import Candidates, TokenPath
+from restpoint.decode.drafters.lookup import LONGEST_MATCH, LookupDrafter, SuffixIndex, match_confidences
 
 
 def longest_by_search(tokens: list[int]) -> tuple[int, int]:
-    """Start and length of the longest earlier match of the end, the latest of equally long ones."""
+    """Where the longest earlier match of the text's end stops, and its length; the latest of equally long ones."""
     best = (0, 0)
-    for start in range(1, len(tokens)):
+    for stop in range(1, len(tokens)):
         length = 0
-        while length < min(LONGEST_MATCH, start) and tokens[start - 1 - length] == tokens[-1 - length]:
+        while length < stop and tokens[stop - 1 - length] == tokens[-1 - length]:
             length += 1
-        if length >= 2 and length >= best[1]:
-            best = (start, length)
+        if length and length >= best[1]:
+            best = (stop, length)
     return best
 
 
-@pytest.mark.parametrize("letters", [2, 4, 9])
-def test_longest_match_against_a_search(letters: int) -> None:
-    draw = random.Random(letters)
-    for _ in range(60):
-        tokens = [draw.randrange(letters) for _ in range(draw.randrange(2, 17))]
+def occurrences(piece: list[int], tokens: list[int]) -> list[int]:
+    """How many tokens the text has after each occurrence of a piece."""
+    return [stop for stop in range(len(piece), len(tokens) + 1) if tokens[stop - len(piece) : stop] == piece]
+
+
+def text(letters: int, length: int, seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(letters) for _ in range(length)]
+
+
+@pytest.mark.parametrize("letters", [2, 3, 5, 9])
+def test_longest_and_latest_match_against_a_search(letters: int) -> None:
+    for seed in range(40):
+        tokens = text(letters, 2 + seed, seed)
         index = SuffixIndex()
         for stop in range(1, len(tokens) + 1):
             index.extend(tokens[:stop])
             copied, length = index.longest(3)
             start, expected = longest_by_search(tokens[:stop])
             assert length == expected
-            if expected:
-                text = tokens[:stop]
-                for token in copied:
-                    assert token == text[start + len(text) - stop]
-                    text.append(token)
+            assert len(copied) == (3 if expected else 0)
+            written = tokens[:stop]
+            for token in copied:
+                assert token == written[start + len(written) - stop]
+                written.append(token)
+
+
+@pytest.mark.parametrize("letters", [2, 4])
+def test_what_else_followed_is_counted_right(letters: int) -> None:
+    found = 0
+    for seed in range(60):
+        tokens = text(letters, 24, seed)
+        index = SuffixIndex()
+        index.extend(tokens)
+        copied, _ = index.longest(3)
+        seen = set()
+        for depth, other in index.others(copied):
+            assert other.token != copied[depth]
+            assert (depth, other.token) not in seen
+            seen.add((depth, other.token))
+            suffix = [*tokens, *copied[:depth]][-other.match :]
+            before = occurrences(suffix, tokens[:-1])
+            after = occurrences([*suffix, other.token], tokens[:-1])
+            assert other.latest == after[-1]
+            assert other.share == len(after) / len(before)
+            assert other.match > depth
+            found += 1
+    assert found > 60
+
+
+def test_texts_that_go_round_in_circles_take_linear_time_and_memory() -> None:
+    index = SuffixIndex()
+    index.extend([7] * 5000)
+    assert index.longest(4) == ([7] * 4, 4999)
+    assert len(index._link) == 5001
+    index.extend([7] * 5000 + [8, 7, 7, 7])
+    copied, length = index.longest(3)
+    assert (copied, length) == ([7, 7, 7], 3)  # which occurrence it was is not known any more
+    assert all(0 < other.share <= 1 for _, other in index.others(copied))
 
 
 def test_copies_repeat_where_the_match_overlaps() -> None:
     index = SuffixIndex()
     index.extend([1, 2, 3, 1, 2, 3, 1, 2])
-    copied, length = index.longest(7)
-    assert copied == [3, 1, 2, 3, 1, 2, 3]
-    assert length == 5
-    assert match_confidences(15, 3) == [15 / 16, 1.0, 1.0]
+    assert index.longest(7) == ([3, 1, 2, 3, 1, 2, 3], 5)
+    assert match_confidences(LONGEST_MATCH - 1, 3) == [15 / 16, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_taking_turns_changes_nothing_and_uses_both(temperature: float) -> None:
-    """Greedy output is plain decoding's; the law of sampled output is test_decode's matter."""
-    layered = LayeredModel(build("llama"))
-    target = LayeredTarget(layered)
-    sampler = Sampler(SamplingSettings(temperature=temperature))
-    prompt = [5, 17, 33, 5, 17, 33, 5, 17]
-    pace = Pace()
-    lookup = LookupDrafter(Controller(COSTS, BY_MATCH, pace=pace))
-    predictor = ExitDrafter(target, IdentityPredictor((3,)), sampler, Controller(COSTS, FLAT, pace=pace))
-    seen: list[type] = []
-
-    class Watched(TakingTurns):
-        def propose(self, path: TokenPath, room: int) -> Draft:
-            draft = super().propose(path, room)
-            seen.append(type(self._drafted_by))
-            return draft
-
-    stopping = Stopping(max_tokens=60)
-    rounds = list(decode(target, prompt, sampler, stopping, Watched(lookup, predictor)))
-    tokens = [token for turn in rounds for token in turn.tokens]
-    assert len(tokens) == 60
-    assert all(0 <= token < VOCABULARY for token in tokens)
-    if temperature == 0:
-        assert set(seen) == {LookupDrafter, ExitDrafter}
-        plain = [t for turn in decode(target, prompt, sampler, stopping) for t in turn.tokens]
-        assert tokens == plain
+def test_branches_are_what_followed_other_occurrences() -> None:
+    drafter = LookupDrafter()
+    #         after 1 2: 3 and 4, then 4, then 5; the latest counts most
+    prompt = [1, 2, 3, 3, 1, 2, 4, 6, 1, 2, 4, 9, 1, 2, 5, 8, 1, 2]
+    drafter.begin(prompt)
+    found = drafter.candidates(TokenPath(prompt, None), 3)
+    assert list(found.tokens) == [5, 8, 1, 4, 9, 1, 3, 3, 1]
+    assert list(found.parents) == [-1, 0, 1, -1, 3, 4, -1, 6, 7]
+    assert list(found.confidences[:3]) == [2 / 16, 3 / 16, 4 / 16]
+    assert list(found.confidences[4:6]) == [3 / 16, 4 / 16]
+    assert found.confidences[0] > found.confidences[3] > found.confidences[6] > 0
 
 
-def test_lookup_alone_is_exact_and_pays_on_a_loop() -> None:
-    """A text that repeats itself is copied in blocks."""
-    layered = LayeredModel(build("llama"))
-    with torch.no_grad():
-        for layer in layered.stack.layers:
-            layer.mlp.down_proj.weight.mul_(0.0)  # the next token depends on the last one only: greedy text is a loop
-            layer.self_attn.o_proj.weight.mul_(0.0)
-    target, sampler = LayeredTarget(layered), Sampler(SamplingSettings())
-    prompt, stopping = [5, 17, 33], Stopping(max_tokens=80)
-    plain = [t for turn in decode(target, prompt, sampler, stopping) for t in turn.tokens]
-    rounds = list(decode(target, prompt, sampler, stopping, LookupDrafter(Controller(COSTS, BY_MATCH))))
-    assert [t for turn in rounds for t in turn.tokens] == plain
-    assert len(rounds) < 50
+@pytest.mark.parametrize("letters", [2, 3, 12])
+def test_candidates_are_trees(letters: int) -> None:
+    for seed in range(12):
+        tokens = text(letters, 40, seed)
+        drafter = LookupDrafter()
+        drafter.begin(tokens[:20])
+        for stop in range(21, 41):
+            for room in (0, 1, 2, 7, 30):
+                check_tree(drafter.candidates(TokenPath(tokens[:stop], None), room), room)
+
+
+def test_nothing_is_kept_from_the_text_before() -> None:
+    drafter = LookupDrafter()
+    drafter.begin([1, 2, 3, 4])
+    drafter.begin([9, 1, 2])
+    assert drafter.candidates(TokenPath([9, 1, 2, 3], None), 5) == Candidates()
+
+
+def test_there_is_a_prior_for_every_bin() -> None:
+    assert len(LookupDrafter.prior) == len(LookupDrafter.edges) + 1
+    assert list(LookupDrafter.edges) == sorted(LookupDrafter.edges)
+    assert list(LookupDrafter.prior) == sorted(LookupDrafter.prior)

@@ -6,6 +6,7 @@ In the order that they are used::
     check         what restpoint can do with a LayeredModel          -> capabilities
     fit_profile   fit draft predictors, measure costs (FitOptions)   -> FitReport with a Profile
     Decoder       generate or stream text (SamplingSettings)         -> Generation with Statistics
+    generate_fn   the same inside ``model.generate(custom_generate)`` -> what ``generate`` returns
     bench         decoding speed beside the baselines (BenchOptions) -> a report
     LayeredModel  a causal LM, one layer at a time
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from restpoint.fit.options import FitOptions
     from restpoint.fit.run import FitReport, fit_profile
     from restpoint.generate import Decoder, Generation, Statistics
+    from restpoint.huggingface.custom import generate_fn
     from restpoint.model.check import check
     from restpoint.model.layered import LayeredModel
     from restpoint.model.load import Loaded, load
@@ -48,6 +50,7 @@ __all__ = [
     "bench",
     "check",
     "fit_profile",
+    "generate_fn",
     "load",
 ]
 
@@ -66,6 +69,7 @@ _HOMES = {
     "bench": "evaluate.speed",
     "check": "model.check",
     "fit_profile": "fit.run",
+    "generate_fn": "huggingface.custom",
     "load": "model.load",
 }
 

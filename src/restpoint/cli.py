@@ -5,7 +5,7 @@ import sys
 import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
@@ -20,6 +20,7 @@ from restpoint.fit.options import FitOptions
 from restpoint.flags import File, Flag, Folder, Name, Number
 
 if TYPE_CHECKING:  # torch and transformers are imported by the verbs that need them: help is there at once
+    from restpoint.generate import Decoder
     from restpoint.model.load import Loaded
     from restpoint.profile import Profile
 
@@ -35,6 +36,7 @@ Examples:
   restpoint check Qwen/Qwen2.5-0.5B                 what restpoint can do with a model
   restpoint fit MODEL --text corpus.jsonl -o profile/
   restpoint generate MODEL --profile profile/ "Once upon a time"
+  restpoint generate MODEL --drafters lookup recycling "Once upon a time"
   restpoint bench --quick --plot bench.png          side by side with the baselines, under a minute
 
 `restpoint VERB --help` explains a verb. `--version` prints the version. `--debug`, anywhere, shows the traceback of an
@@ -70,6 +72,57 @@ class LoadFlags:
         inference_threads(self.threads)
         how = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "threads"}
         return load(name, **how)
+
+
+@dataclass(frozen=True)
+class DraftFlags:
+    """Who drafts, and how drafts are verified; the text is the model's own in any case."""
+
+    drafters: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    """lookup, recycling, ngrams, lookahead; with a profile also predictor, heads, dynamic-exit, or one of its
+    predictors. Left out: lookup, recycling and predictor where there is a profile, else nobody."""
+    draft_model: Name = None
+    """Draft by this smaller model too, instead of a predictor: a folder or Hub name."""
+    reencode: Flag = False
+    """Allow a draft model with another vocabulary: its text is encoded anew."""
+    datastore: Folder = None
+    """Draft by what `restpoint index` stored, too."""
+    skip_layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...", help_behavior_hint="")] = ()
+    """Draft by the model itself without these layers, instead of a predictor."""
+    compile: Flag = False
+    """Decode in compiled passes: the first time takes a minute or so, later times some seconds."""
+    draft_tokens: Number = None
+    """Verify this many drafted tokens in every round; decided round by round if left out."""
+    verifier: Name = None
+    """How drafts are verified when tokens are sampled: token-wise, block, k-seq, recursive, optimal, traversal."""
+
+    def decoder(self, loaded: "Loaded", profile: "Profile | None", loading: LoadFlags) -> "Decoder":
+        """The model with those who draft for it."""
+        from restpoint.decode.drafters.datastore import Datastore, tokenizer_hash
+        from restpoint.decode.drafters.draft_model import draft_by_model
+        from restpoint.decode.drafters.skips import SkipSet
+        from restpoint.drafting import PREDICTOR, retrieve_from, skip_layers
+        from restpoint.generate import DEFAULT_VERIFIER, DRAFTERS, Decoder
+
+        names = self.drafters or (DRAFTERS if profile is not None else ())
+        brought = {}
+        if self.draft_model is not None and self.skip_layers:
+            raise RestpointError("--draft-model and --skip-layers both draft step by step: give one")
+        if self.draft_model is not None:
+            brought["draft-model"] = draft_by_model(loading.load(self.draft_model), loaded, reencode=self.reencode)
+        if self.skip_layers:
+            brought["layer-skip"] = skip_layers(SkipSet(self.skip_layers))
+        if brought and not self.drafters:
+            names = tuple(name for name in names if name != PREDICTOR)
+        if self.datastore is not None:
+            datastore = Datastore.open(self.datastore)
+            datastore.require(tokenizer_hash(loaded.tokenizer))
+            brought["datastore"] = retrieve_from(datastore)
+        verifier = self.verifier or DEFAULT_VERIFIER
+        with console.progress_bars() as progress:
+            return Decoder(
+                loaded, profile, names, brought=brought, verifier=verifier, compile=self.compile, progress=progress
+            )
 
 
 @dataclass(frozen=True)
@@ -160,15 +213,12 @@ class Generate:
     """What `restpoint fit` wrote for this model; the bundled model has one already."""
     plain: Flag = False
     """Decode without drafts."""
-    source: Literal["both", "predictor", "lookup"] = "both"
-    """Who drafts: the profile's predictor, copies from the text itself, or both in turns."""
-    draft_tokens: Number = None
-    """Draft this many tokens in every round; decided round by round if left out."""
     ignore_end: Flag = False
     """Go on after the model's end token."""
     stats: Flag = False
     """Say on standard error what the text cost: accepted lengths, layers, seconds."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    drafting: DraftFlags = field(default_factory=DraftFlags)
     loading: LoadFlags = field(default_factory=LoadFlags)
 
     def run(self) -> None:
@@ -176,9 +226,7 @@ class Generate:
         words = [word for word in (self.model, self.prompt) if word != _ABSENT]
         model, prompt = model_and_prompt(words, self.prompt_file)
         profile = _profile(model, self.profile, self.plain)
-        from restpoint.generate import Decoder
-
-        decoder = Decoder(self.loading.load(model), profile, self.source)
+        decoder = self.drafting.decoder(self.loading.load(model), profile, self.loading)
         for note in decoder.notes:
             console.say(note)
         rounds = console.write_pieces(
@@ -188,13 +236,41 @@ class Generate:
                 max_tokens=self.max_tokens,
                 stop=self.stop,
                 ignore_end=self.ignore_end,
-                draft_tokens=self.draft_tokens,
+                draft_tokens=self.drafting.draft_tokens,
             )
         )
         if rounds[-1].finished == "context":
             console.say(f"stopped: the model's context of {decoder.loaded.context_length} tokens is full")
         if self.stats:
             console.show_statistics(decoder, rounds)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Store text so that drafts can be retrieved from it: a suffix array on disk, read as much as is needed.
+
+    For example:
+      restpoint index --text *.py -o store/
+      restpoint generate --datastore store/ "def main("
+    """
+
+    model: Model = REFERENCE
+    """Model whose tokenizer encodes the text: a checkpoint folder, Hub name, or `reference`."""
+    text: Annotated[tuple[Path, ...], arg(metavar="FILE ...", help_behavior_hint="")] = ()
+    """Text to store: plain text, or .jsonl with a field `text`; .gz, .xz, .bz2 of either. Bundled text if left out."""
+    output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("datastore")
+    """Folder that the datastore is written to."""
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Read, encode, sort, write."""
+        texts = read_texts(self.text) if self.text else fit_texts()
+        tokenizer = self.loading.load(self.model).tokenizer
+        from restpoint.decode.drafters.datastore import Datastore, tokenizer_hash
+
+        encoded = (tokenizer(text).input_ids for text in console.counted(texts, "read documents"))
+        built = Datastore.build(encoded, self.output, tokenizer_hash(tokenizer))
+        console.show(f"{built.described.tokens:,} tokens are in {self.output}")
 
 
 @dataclass(frozen=True)
@@ -240,6 +316,7 @@ Verb = (
     Annotated[Check, subcommand("check")]
     | Annotated[Fit, subcommand("fit")]
     | Annotated[Generate, subcommand("generate")]
+    | Annotated[Index, subcommand("index")]
     | Annotated[Bench, subcommand("bench")]
 )
 

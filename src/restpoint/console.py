@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.generate import Decoder, Piece
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
+
+Item = TypeVar("Item")
 
 ReportProgress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done and how much there is."""
@@ -63,6 +65,12 @@ def progress_bars() -> Iterator[ReportProgress]:
         yield report
 
 
+def counted(items: Iterable[Item], what: str) -> Iterable[Item]:
+    """The same items, counted on standard error as they are used, if that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, console=console, disable=not console.is_terminal)
+
+
 def write_pieces(pieces: Iterable["Piece"]) -> list["Round"]:
     """Write text to standard output as it comes, and return the rounds that it came from."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
@@ -85,7 +93,7 @@ def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
     seen = Statistics.of(rounds)
     depth = decoder.layered.depth
     lengths = Counter(len(turn.tokens) for turn in rounds[1:])
-    chosen = "no profile" if decoder.profile is None else f"drafts by {decoder.profile.chosen}"
+    chosen = "plain" if decoder.drafting is None else "drafts by " + ", ".join(decoder.drafting.names)
     lines = [
         f"{seen.new_tokens} new tokens in {seen.passes} passes after the prompt's ({chosen}); "
         f"ended by {rounds[-1].finished}",

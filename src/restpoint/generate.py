@@ -1,31 +1,32 @@
 """Text in, text out: a model with its profile, ready to decode."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
-from restpoint.decode.control import Controller, Pace
-from restpoint.decode.costs import device_name, name_of
-from restpoint.decode.draft import Drafter
-from restpoint.decode.drafters.exit import ExitDrafter
-from restpoint.decode.drafters.lookup import LookupDrafter
-from restpoint.decode.drafters.turns import TakingTurns
-from restpoint.decode.loop import Round, Stopping, decode
+from restpoint.decode.compiled import CompiledTarget
+from restpoint.decode.fusion import TreeSettings
+from restpoint.decode.loop import Round, Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget, Target
+from restpoint.decode.verifiers.registry import verifier as named_verifier
+from restpoint.drafting import Drafting, Maker
 from restpoint.errors import RestpointError
-from restpoint.fit.measuring import CostMeter
 from restpoint.model.check import Capabilities, check
+from restpoint.model.compiled import CompiledModel, Progress
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
-from restpoint.profile import Drafting, Profile
+from restpoint.profile import Profile
 
-SOURCES = ("both", "predictor", "lookup")
-"""Who may draft."""
+DRAFTERS = ("lookup", "recycling", "predictor")
+"""Who drafts by a profile, unless told otherwise."""
+
+DEFAULT_VERIFIER = "traversal"
+"""How drafts are verified when tokens are sampled, unless told otherwise; where trees cannot be, block."""
 
 
 @dataclass(frozen=True)
@@ -105,40 +106,77 @@ class Generation:
     finished: str
     statistics: Statistics
 
+    @classmethod
+    def of(cls, prompt: Sequence[int], pieces: Sequence[Piece]) -> "Generation":
+        """Put the pieces of a text together."""
+        rounds = [piece.round for piece in pieces]
+        return cls(
+            text="".join(piece.text for piece in pieces),
+            tokens=[token for turn in rounds for token in turn.tokens],
+            prompt_tokens=len(prompt),
+            finished=rounds[-1].finished,
+            statistics=Statistics.of(rounds),
+        )
+
 
 class Decoder:
-    """A loaded model, taken apart into layers, with the profile that drafts for it.
+    """A loaded model, taken apart into layers, with those who draft for it.
 
     Output is the model's own: greedy text is identical to plain decoding, sampled text follows the same law. A
     family that cannot verify drafts is decoded plainly, and ``notes`` says why.
 
     Args:
         loaded: model and tokenizer.
-        profile: what was fitted for this model; None decodes plainly.
-        source: who drafts: the profile's ``predictor``, ``lookup`` (copies from the text itself), or ``both`` in turns.
+        profile: what was fitted for this model.
+        drafters: who drafts, by name (see :class:`restpoint.drafting.Drafting`); if None, lookup, recycling and the
+            predictor where there is a profile, and nobody, which is plain decoding, where there is none.
+        brought: further drafters by name, each made for a text's target: a draft model, a datastore.
+        verifier: how drafts drawn at random are verified; see :data:`restpoint.decode.verifiers.registry.VERIFIERS`.
+        tree: limits of the draft tree.
+        share: let drafters keep what they learn from one text to the next.
+        compile: decode single texts in compiled passes. Compiling takes a while, and less the next time; give a
+            :class:`CompiledModel` to share one that is compiled. Batches are decoded without it.
+        progress: told of every step of a compilation.
 
     Raises:
-        RestpointError: the profile belongs to another model, or the model has no layers that could be found.
+        RestpointError: the profile belongs to another model, a name is unknown, the model has no layers that could
+            be found, or it cannot be compiled.
     """
 
-    def __init__(self, loaded: Loaded, profile: Profile | None = None, source: str = "both"):
-        if source not in SOURCES:
-            raise RestpointError(f"source is {source!r}; choose from {', '.join(SOURCES)}")
+    def __init__(
+        self,
+        loaded: Loaded,
+        profile: Profile | None = None,
+        drafters: Sequence[str] | None = None,
+        *,
+        brought: Mapping[str, Maker] | None = None,
+        verifier: str = DEFAULT_VERIFIER,
+        tree: TreeSettings | None = None,
+        share: bool = False,
+        compile: "bool | CompiledModel" = False,
+        progress: Progress | None = None,
+    ):
         if profile is not None:
             profile.require(loaded)
-        self.source = source
         self.loaded = loaded
-        self.layered = LayeredModel(loaded.model)
+        shared = None if isinstance(compile, bool) else compile
+        self.layered = LayeredModel(loaded.model) if shared is None else shared.layered
         self.capabilities: Capabilities = check(self.layered)
+        self.compiled = self._compile(progress) if compile is True else shared
+        self.profile = profile
+        self.verifier = named_verifier(verifier)
+        names = DRAFTERS if drafters is None and profile is not None else tuple(drafters or ())
+        self.drafting: Drafting | None = None
         self.notes: list[str] = []
         if not self.capabilities.drafts:
             refused = self.capabilities.refused()
             reason = next(refused[name] for name in ("depth", "cached", "rollback") if name in refused)
             self.notes.append(f"decoding plainly, by the model's own forward: {reason}")
-            profile = None
-        if profile is not None and not self._can_draft(profile):
-            profile = None
-        self.profile = profile if profile is None else self._with_current_costs(profile)
+        elif names or brought:
+            self.drafting = Drafting(
+                self.layered, self.capabilities, profile, names, brought, tree, self.verifier, share, self._single
+            )
+            self.notes = self.drafting.notes
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that its tokenizer adds.
@@ -176,7 +214,7 @@ class Decoder:
             RestpointError: the prompt is empty, too long or has a token out of range; a setting makes no sense; the
                 logits are NaN.
         """
-        text = _Text(self, stop)
+        text = _Words(self, stop)
         for turn in self._rounds(prompt, sampling, max_tokens, processors, ignore_end, draft_tokens):
             piece = text.add(turn)
             yield piece
@@ -207,14 +245,55 @@ class Decoder:
                 draft_tokens=draft_tokens,
             )
         )
-        rounds = [piece.round for piece in pieces]
-        return Generation(
-            text="".join(piece.text for piece in pieces),
-            tokens=[token for turn in rounds for token in turn.tokens],
-            prompt_tokens=len(ids),
-            finished=rounds[-1].finished,
-            statistics=Statistics.of(rounds),
-        )
+        return Generation.of(ids, pieces)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | list[int]],
+        sampling: SamplingSettings | None = None,
+        *,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        processors: LogitsProcessorList | None = None,
+        ignore_end: bool = False,
+        draft_tokens: int | None = None,
+    ) -> list[Generation]:
+        """Generate from several prompts at once, of any lengths; every pass serves all unfinished texts.
+
+        Each row accepts as many drafted tokens as it accepts, with drafters of its own. Row i draws with the seed
+        ``sampling.seed + i``. The seconds in a row's statistics are those of the passes that it shared. Arguments and
+        errors as :meth:`stream`. A family whose cache cannot hold rows of different lengths is decoded one by one.
+        """
+        if not prompts:
+            raise RestpointError("prompts: there is none; give at least one")
+        batch = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        sampling = sampling or SamplingSettings()
+        seeded = [replace(sampling, seed=sampling.seed + row) for row in range(len(batch))]
+        if not (self.capabilities.drafts and self.capabilities.ragged.supported):
+            return [
+                self.generate(
+                    ids,
+                    own,
+                    max_tokens=max_tokens,
+                    stop=stop,
+                    processors=processors,
+                    ignore_end=ignore_end,
+                    draft_tokens=draft_tokens,
+                )
+                for ids, own in zip(batch, seeded, strict=True)
+            ]
+        target = self._target(len(batch))
+        texts = [
+            self._text(target, ids, own, max_tokens, processors, ignore_end, draft_tokens, rows=len(batch))
+            for ids, own in zip(batch, seeded, strict=True)
+        ]
+        words = [_Words(self, stop) for _ in batch]
+        pieces: list[list[Piece]] = [[] for _ in batch]
+        for rounds in decode_batch(target, texts, self.verifier):
+            for row, turn in rounds.items():
+                pieces[row].append(words[row].add(turn))
+                texts[row].stopped = bool(pieces[row][-1].round.finished)
+        return [Generation.of(ids, own) for ids, own in zip(batch, pieces, strict=True)]
 
     def _rounds(
         self,
@@ -226,17 +305,49 @@ class Decoder:
         draft_tokens: int | None,
     ) -> Iterator[Round]:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        target = self._target()
+        text = self._text(target, ids, sampling, max_tokens, processors, ignore_end, draft_tokens)
+        for rounds in decode_batch(target, [text], self.verifier):
+            yield rounds[0]
+
+    def _target(self, rows: int = 1) -> Target:
+        """A cache of its own for each text: several streams may be read in turn."""
+        if not self.capabilities.drafts:
+            return NativeTarget(self.layered)
+        return self._single() if rows == 1 else LayeredTarget(self.layered)
+
+    def _single(self) -> LayeredTarget:
+        return LayeredTarget(self.layered) if self.compiled is None else CompiledTarget(self.compiled)
+
+    def _compile(self, progress: Progress | None) -> CompiledModel:
+        if not self.capabilities.drafts:
+            reason = next(iter(self.capabilities.refused().values()))
+            raise RestpointError(f"compile: this model can only be decoded by its own forward ({reason}); leave it out")
+        compiled = CompiledModel(self.layered, progress=progress)
+        compiled.warm_up()
+        return compiled
+
+    def _text(
+        self,
+        target: Target,
+        ids: list[int],
+        sampling: SamplingSettings | None,
+        max_tokens: int,
+        processors: LogitsProcessorList | None,
+        ignore_end: bool,
+        draft_tokens: int | None,
+        rows: int = 1,
+    ) -> Text:
+        """One text with its settings and whoever drafts for it."""
+        if draft_tokens is not None and draft_tokens < 0:
+            raise RestpointError(f"draft_tokens is {draft_tokens}; it must be 0 or more, or left out")
         sampler = Sampler(sampling or SamplingSettings(), processors, self.layered.device)
         end = frozenset() if ignore_end else self.end_tokens()
         stopping = Stopping(max_tokens, end, self.loaded.context_length)
-        if draft_tokens is not None and draft_tokens < 0:
-            raise RestpointError(f"draft_tokens is {draft_tokens}; it must be 0 or more, or left out")
-        # a cache of its own for each text: several streams may be read in turn
-        target: Target = LayeredTarget(self.layered) if self.capabilities.drafts else NativeTarget(self.layered)
-        drafter = None
-        if self.profile is not None and draft_tokens != 0 and isinstance(target, LayeredTarget):
-            drafter = self.drafter(self.profile, target, sampler, draft_tokens)
-        return decode(target, ids, sampler, stopping, drafter)
+        speculator = None
+        if self.drafting is not None and draft_tokens != 0 and isinstance(target, LayeredTarget):
+            speculator = self.drafting.speculator(target, sampler, draft_tokens, rows)
+        return Text(ids, sampler, stopping, speculator)
 
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end a text, from the model's generation config and its tokenizer."""
@@ -246,48 +357,8 @@ class Decoder:
             ends = self.loaded.tokenizer.eos_token_id
         return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
-    def drafter(
-        self, profile: Profile, target: LayeredTarget, sampler: Sampler, draft_tokens: int | None = None
-    ) -> Drafter:
-        """Who drafts one text on one target, with what the profile knows; it learns as the text goes on."""
-        pace = Pace()
 
-        def controller(drafting: Drafting) -> Controller:
-            calibration = drafting.greedy if sampler.greedy else drafting.sampling
-            return Controller(drafting.costs, calibration, fixed=draft_tokens, pace=pace)
-
-        lookup = LookupDrafter(controller(profile.lookup))
-        if self.source == "lookup":
-            return lookup
-        predictor = ExitDrafter(
-            target,
-            profile.predictors[profile.chosen],
-            sampler,
-            controller(profile.drafting[profile.chosen]),
-            profile.vocabulary,
-        )
-        return predictor if self.source == "predictor" else TakingTurns(lookup, predictor)
-
-    def _can_draft(self, profile: Profile) -> bool:
-        """Whether the chosen predictor's exit layer can be used; says why not."""
-        exit_layer = profile.predictors[profile.chosen].exit_layer
-        if exit_layer == 0 or self.capabilities.resume.supported:
-            return True
-        self.notes.append(f"decoding plainly: drafts from layer {exit_layer}: {self.capabilities.resume.reason}")
-        return False
-
-    def _with_current_costs(self, profile: Profile) -> Profile:
-        """Costs measured again, in about a second, where this device or dtype is not the profile's."""
-        costs = profile.drafting[profile.chosen].costs
-        here = device_name(self.layered.device), name_of(self.layered.dtype)
-        if (costs.device, costs.dtype) == here:
-            return profile
-        meter = CostMeter(LayeredTarget(self.layered))
-        predictor = profile.predictors[profile.chosen]
-        return profile.with_costs(meter.of(predictor, profile.vocabulary), meter.of_lookup())
-
-
-class _Text:
+class _Words:
     """Turns rounds into text: whole characters only, nothing of a stop string."""
 
     def __init__(self, decoder: Decoder, stop: Sequence[str]):

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from restpoint.decode.control import Calibration
+from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs
+from restpoint.equilibrium.heads import MultiTokenHeads
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError
 from restpoint.model.load import Loaded
 
-_FORMAT = 1
+_FORMAT = 2
 _JSON, _TENSORS = "profile.json", "profile.safetensors"
+_HEADS = "heads"
 _NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "use_cache", "output_hidden_states")
 
 
@@ -52,18 +54,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Drafting:
-    """What drafting with one predictor takes and gives.
+class Calibrations:
+    """How often one drafter's tokens stand, by its confidence.
 
     Attributes:
-        greedy: acceptance by confidence in greedy decoding.
-        sampling: acceptance by confidence when tokens are sampled at temperature 1.
-        costs: seconds, on the machine that they were measured on.
+        greedy: in greedy decoding.
+        sampling: when tokens are sampled at temperature 1.
     """
 
     greedy: Calibration
     sampling: Calibration
-    costs: Costs
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ class Profile:
         model: name that the model was loaded by.
         chosen: name of the predictor that drafts.
         predictors: all fitted predictors by name.
-        drafting: calibration and costs, by predictor.
+        calibrations: by drafter: the predictors, and the instant drafters that were measured.
+        costs: seconds of passes and of every predictor's drafts, on the machine that they were measured on.
         vocabulary: tokens that may be drafted, most frequent first; None for all.
-        lookup: calibration and costs of copying from the text itself.
+        heads: predicts the rest states of several positions at once; None where it was not asked for.
         measured: how well each predictor does.
         fitted_on: options, number of tokens and hash of the text.
     """
@@ -86,9 +87,10 @@ class Profile:
     model: str
     chosen: str
     predictors: Mapping[str, Predictor]
-    drafting: Mapping[str, Drafting]
+    calibrations: Mapping[str, Calibrations]
+    costs: Costs
     vocabulary: Tensor | None
-    lookup: Drafting
+    heads: MultiTokenHeads | None = None
     measured: tuple[Measured, ...] = ()
     fitted_on: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,11 +106,6 @@ class Profile:
                 f"unembedding differ; fit one with: restpoint fit {loaded.name} --output FOLDER"
             )
 
-    def with_costs(self, costs: Costs, lookup_costs: Costs) -> "Profile":
-        """The same with costs measured anew: of the chosen predictor, and of copying."""
-        drafting = {**self.drafting, self.chosen: replace(self.drafting[self.chosen], costs=costs)}
-        return replace(self, drafting=drafting, lookup=replace(self.lookup, costs=lookup_costs))
-
     def save(self, folder: Path | str) -> None:
         """Write ``profile.json`` and ``profile.safetensors`` to a folder, each complete or not at all.
 
@@ -121,6 +118,10 @@ class Profile:
         for name, predictor in self.predictors.items():
             configs[name], own = predictor.state()
             tensors |= {f"{name}/{key}": value.to(torch.bfloat16) for key, value in own.items()}
+        heads = None
+        if self.heads is not None:
+            heads, own = self.heads.state()
+            tensors |= {f"{_HEADS}/{key}": value.to(torch.bfloat16) for key, value in own.items()}
         if self.vocabulary is not None:
             tensors["vocabulary"] = self.vocabulary
         content = _content_hash(tensors)
@@ -130,8 +131,9 @@ class Profile:
             "model": self.model,
             "chosen": self.chosen,
             "predictors": configs,
-            "drafting": {name: asdict(drafting) for name, drafting in self.drafting.items()},
-            "lookup": asdict(self.lookup),
+            "heads": heads,
+            "calibrations": {name: asdict(own) for name, own in self.calibrations.items()},
+            "costs": asdict(self.costs),
             "measured": [asdict(row) for row in self.measured],
             "fitted_on": dict(self.fitted_on),
             "tensors_sha256": content,
@@ -178,9 +180,15 @@ class Profile:
                 model=described["model"],
                 chosen=described["chosen"],
                 predictors=predictors,
-                drafting={name: _drafting(entry) for name, entry in described["drafting"].items()},
+                calibrations={
+                    name: Calibrations(_calibration(own["greedy"]), _calibration(own["sampling"]))
+                    for name, own in described["calibrations"].items()
+                },
+                costs=_costs(described["costs"]),
                 vocabulary=tensors.get("vocabulary"),
-                lookup=_drafting(described["lookup"]),
+                heads=None
+                if described["heads"] is None
+                else MultiTokenHeads.from_state(described["heads"], _under(_HEADS, tensors)).to(dtype=torch.float32),
                 measured=tuple(Measured(**row) for row in described["measured"]),
                 fitted_on=described["fitted_on"],
             )
@@ -232,14 +240,9 @@ def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _drafting(entry: Mapping[str, Any]) -> Drafting:
-    costs = entry["costs"]
-    first, later = costs["draft"]
-    return Drafting(
-        _calibration(entry["greedy"]),
-        _calibration(entry["sampling"]),
-        Costs(costs["device"], costs["dtype"], tuple(costs["verify"]), (first, later)),
-    )
+def _costs(entry: Mapping[str, Any]) -> Costs:
+    draft = {name: (first, later) for name, (first, later) in entry["draft"].items()}
+    return Costs(entry["device"], entry["dtype"], tuple(entry["verify"]), draft)
 
 
 def _calibration(entry: Mapping[str, Any]) -> Calibration:

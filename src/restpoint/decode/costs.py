@@ -3,20 +3,22 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.optimize import isotonic_regression
 
-from restpoint.decode.draft import Draft
-from restpoint.decode.target import LayeredTarget
+from restpoint.decode.draft import ROOT, Draft, SteppedDrafter, TokenPath
+from restpoint.decode.target import NO_DRAFT, LayeredTarget
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_SIZES = (1, 2, 3, 4, 5, 6, 8, 11)
-_DRAFTED = 4
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 65)
+_LEVELS = 3
+_WIDTH = 4
 
 
 @dataclass(frozen=True)
@@ -26,78 +28,99 @@ class Costs:
     Attributes:
         device: name of the device that they were measured on.
         dtype: dtype of the model.
-        verify: seconds of one pass over 1, 2, 3, .. tokens, over the layers that verification runs.
-        draft: seconds of the first drafted token, whose weights come from memory, and of each later one.
+        verify: seconds of one pass over 1, 2, 3, .. tokens.
+        draft: for each stepped drafter, seconds of its first law, whose weights come from memory, and of each later
+            level of the tree.
     """
 
     device: str
     dtype: str
     verify: tuple[float, ...]
-    draft: tuple[float, float]
+    draft: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
-    def longest(self) -> int:
+    def largest(self) -> int:
         """Largest number of drafted tokens that a cost is known for."""
         return len(self.verify) - 1
 
-    def drafting(self, count: int) -> float:
-        """Seconds to draft so many tokens."""
-        return self.draft[0] + (count - 1) * self.draft[1] if count else 0.0
+    def drafting(self, drafter: str, levels: int) -> float:
+        """Seconds of so many levels of a drafter."""
+        if levels == 0:
+            return 0.0
+        first, later = self.draft[drafter]
+        return first + (levels - 1) * later
 
 
 @torch.inference_mode()
-def measure_passes(
-    target: LayeredTarget, exit_layer: int = 0, context: int = 128, repeats: int = 9
-) -> tuple[float, ...]:
-    """Seconds of one pass over 1, 2, 3, .. tokens: medians in turn, warm-up excluded; a second on a small model.
+def measure_passes(target: LayeredTarget, context: int = 128, repeats: int = 9, rows: int = 1) -> tuple[float, ...]:
+    """Seconds of one pass over 1, 2, 3, .. tokens: medians in turn, warm-up excluded; seconds on a small model.
 
     Smoothed so that they rise with length (isotonic regression).
 
     Args:
         target: the model; its cache is used up.
-        exit_layer: layer that verification of drafts resumes at. A pass over one token has no draft and runs them all.
         context: number of tokens in the cache.
         repeats: measurements of each length.
+        rows: texts in the batch; each has that many tokens.
     """
-    layered = target.layered
-    target.prefill([1 % layered.vocabulary_size] * context)
-    exits = torch.zeros(1, _SIZES[-1], layered.hidden_size, dtype=layered.dtype, device=layered.device)
-
-    def score(size: int) -> None:
-        own = exits[:, :size] if exit_layer and size > 1 else None
-        target.score(1, Draft([1] * (size - 1), exit_layer=exit_layer, exits=own))
-
-    seconds: dict[int, list[float]] = {size: [] for size in _SIZES}
+    token = 1 % target.layered.vocabulary_size
+    target.prefill([[token] * context] * rows)
+    sizes = target.widths or _SIZES
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(repeats + 1):
         for size, samples in seconds.items():
-            samples.append(_timed(layered.device, lambda size=size: score(size)))
-    medians = [statistics.median(samples[1:]) for samples in seconds.values()]
-    rising = [medians[0], *isotonic_regression(medians[1:]).x] if exit_layer else isotonic_regression(medians).x
-    return tuple(float(np.interp(size, _SIZES, rising)) for size in range(1, _SIZES[-1] + 1))
+            draft = Draft.chain([token] * (size - 1))
+            samples.append(
+                _timed(target.layered.device, lambda draft=draft: target.score([token] * rows, [draft] * rows))
+            )
+    medians = isotonic_regression([statistics.median(samples[1:]) for samples in seconds.values()]).x
+    if target.widths:
+        return tuple(float(medians[bisect_left(sizes, size)]) for size in range(1, sizes[-1] + 1))
+    return tuple(float(np.interp(size, sizes, medians)) for size in range(1, sizes[-1] + 1))
 
 
 @torch.inference_mode()
 def measure_drafts(
-    target: LayeredTarget, draft: Callable[[int], object], context: int = 128, repeats: int = 9
+    target: LayeredTarget, drafter: SteppedDrafter, context: int = 128, repeats: int = 9
 ) -> tuple[float, float]:
-    """Seconds of the first and of each later drafted token; medians, warm-up excluded.
+    """Seconds of a drafter's first law and of each later level of four nodes; medians, warm-up excluded.
 
     Timed right after a pass, as drafts run in decoding: their weights are not in the processor's cache then.
 
     Args:
         target: the model; its cache is used up.
-        draft: drafts that many tokens.
+        drafter: who drafts.
         context: number of tokens in the cache.
         repeats: measurements of each.
     """
-    target.prefill([1 % target.layered.vocabulary_size] * context)
-    seconds: dict[int, list[float]] = {1: [], _DRAFTED: []}
+    layered = target.layered
+    token = 1 % layered.vocabulary_size
+    target.prefill([[token] * context])
+    rest = torch.zeros(1, 1, layered.hidden_size, dtype=layered.dtype, device=layered.device)
+    path = TokenPath([token] * (context + 1), rest)
+    width = _WIDTH if drafter.trees else 1
+
+    def draft(levels: int) -> None:
+        _read(drafter.start(path))
+        above = ROOT
+        for level in range(levels - 1):
+            _read(
+                drafter.extend([above] * width, [(token + index) % layered.vocabulary_size for index in range(width)])
+            )
+            above = level * width
+
+    seconds: dict[int, list[float]] = {1: [], 1 + _LEVELS: []}
     for _ in range(repeats + 1):
-        for count, samples in seconds.items():
-            target.score(1, Draft())
-            samples.append(_timed(target.layered.device, lambda count=count: draft(count)))
+        for levels, samples in seconds.items():
+            target.score([token], [NO_DRAFT])
+            samples.append(_timed(layered.device, lambda levels=levels: draft(levels)))
     first, several = (statistics.median(samples[1:]) for samples in seconds.values())
-    return first, max((several - first) / (_DRAFTED - 1), 0.0)
+    return first, max((several - first) / _LEVELS, 0.0)
+
+
+def _read(logits: torch.Tensor) -> None:
+    """What is done with the logits of a level, at least."""
+    torch.softmax(logits.float(), -1).topk(8).indices.tolist()
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -1,19 +1,18 @@
-"""The one decode loop: draft, score, verify, commit."""
+"""The one decode loop: draft, score, verify, commit. One text, or several in a batch."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from restpoint.decode.draft import Draft, Drafter, TokenPath
+from restpoint.decode.draft import Speculator, TokenPath, Verified
 from restpoint.decode.sampling import Sampler
-from restpoint.decode.target import Target
-from restpoint.decode.verify import Outcome, verify
+from restpoint.decode.target import NO_DRAFT, Scored, Target
+from restpoint.decode.verifiers.base import Verifier
+from restpoint.decode.verifiers.registry import VERIFIERS
+from restpoint.decode.verify import verify
 from restpoint.errors import RestpointError
-
-_NO_DRAFT = Draft()
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,15 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of the loop: what it emitted and what it cost.
+    """One turn of the loop for one text: what it emitted and what it cost.
 
     Attributes:
         tokens: tokens emitted, in order.
-        drafted: tokens that were drafted and verified.
+        drafted: nodes of the draft, all verified.
         accepted: drafted tokens that stood (before any cut by a stop rule).
-        layer_calls: layers run, in drafting and verification together, counted where they run.
-        draft_seconds: time spent drafting.
+        layer_calls: layers run, in drafting and verification together, counted where they run; in a batch, for all
+            rows at once.
+        draft_seconds: time spent drafting, for all rows of a batch.
         verify_seconds: time spent in the pass of the full model and the verification; the prefill's, in round 0.
         finished: ``end`` (an end token), ``length`` (max_tokens), ``context`` (the model is full), or empty.
     """
@@ -76,74 +76,138 @@ class Round:
     finished: str = ""
 
 
-def decode(
-    target: Target, prompt: list[int], sampler: Sampler, stopping: Stopping, drafter: Drafter | None = None
-) -> Iterator[Round]:
-    """Continue a prompt, exactly as the model by itself would, in fewer passes.
+@dataclass
+class Text:
+    """One text to decode.
 
-    Greedy output is the target's own; sampled output follows the target's law under the sampler's processors,
-    whatever the drafter proposes. Without a drafter every round emits one token: plain decoding.
-
-    Args:
-        target: the model.
+    Attributes:
         prompt: token ids, at least one, each below the vocabulary size.
         sampler: how tokens are chosen from logits.
         stopping: when to stop.
-        drafter: who proposes tokens; None decodes plainly.
+        speculator: who drafts; None decodes plainly.
+        stopped: set between rounds to end this text where it is.
+        logits: gains the target's unprocessed logits of every token emitted; None, as it begins, keeps none.
+    """
+
+    prompt: list[int]
+    sampler: Sampler
+    stopping: Stopping
+    speculator: Speculator | None = None
+    stopped: bool = False
+    logits: list[torch.Tensor] | None = None
+    path: TokenPath = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The text so far is the prompt."""
+        self.path = TokenPath(list(self.prompt), None)
+
+    @property
+    def room(self) -> int:
+        """How many tokens are worth drafting."""
+        return self.stopping.room(len(self.path.tokens), self.prompt)
+
+
+def decode(
+    target: Target,
+    prompt: list[int],
+    sampler: Sampler,
+    stopping: Stopping,
+    speculator: Speculator | None = None,
+    verifier: Verifier | None = None,
+) -> Iterator[Round]:
+    """Continue one prompt; see :func:`decode_batch`."""
+    for rounds in decode_batch(target, [Text(prompt, sampler, stopping, speculator)], verifier):
+        yield rounds[0]
+
+
+def decode_batch(target: Target, texts: Sequence[Text], verifier: Verifier | None = None) -> Iterator[dict[int, Round]]:
+    """Continue prompts, exactly as the model by itself would, in fewer passes.
+
+    Greedy output is the target's own; sampled output follows the target's law under the sampler's processors,
+    whatever is drafted. Without a speculator every round emits one token: plain decoding. Rows accept as many
+    tokens as they accept; a finished row leaves the batch.
+
+    Args:
+        target: the model.
+        texts: what to continue, each with its own settings.
+        verifier: couples draft and target where tokens are sampled; token-wise if None.
 
     Yields:
-        One :class:`Round` for the prompt and then one for each pass of the full model.
+        By its index, one :class:`Round` for each unfinished text: for the prompts, then for every pass of the model.
 
     Raises:
-        RestpointError: the prompt is empty, fills the context or has a token out of range; logits are NaN.
+        RestpointError: a prompt is empty, fills the context or has a token out of range; logits are NaN.
     """
-    _check_prompt(prompt, target.layered.vocabulary_size, stopping.context_length)
+    if not texts:
+        raise RestpointError("prompts: there is none; give at least one")
+    for text in texts:
+        _check_prompt(text.prompt, target.layered.vocabulary_size, text.stopping.context_length)
+    verifier = verifier or VERIFIERS["token-wise"]
     work = target.layered.work
-    path = TokenPath(list(prompt), None)
+    live = dict(enumerate(texts))
     calls, began = work.layer_calls, time.perf_counter()
-    turn = _read_prompt(target, path, sampler)
+    turns, drafted_at = _read_prompts(target, texts), began
     while True:
-        draft, outcome = turn.draft, turn.outcome
-        new = [*draft.tokens[: outcome.accepted], outcome.next_token]
-        tokens, finished = stopping.cut(new, len(path.tokens), prompt)
-        path.tokens.extend(tokens)
-        path.rest = turn.rest
-        drafting, verifying = turn.drafted_at - began, time.perf_counter() - turn.drafted_at
+        rounds: dict[int, Round] = {}
+        cuts = [text.stopping.cut(turn.new_tokens, len(text.path.tokens), text.prompt) for text, turn in turns]
+        drafting, verifying = drafted_at - began, time.perf_counter() - drafted_at
         layers = work.layer_calls - calls
-        yield Round(tuple(tokens), len(draft.tokens), outcome.accepted, layers, drafting, verifying, finished)
-        if finished:
+        for index, (text, turn), (tokens, finished) in zip(live, turns, cuts, strict=True):
+            rounds[index] = Round(
+                tuple(tokens), len(turn.draft.tokens), len(turn.nodes), layers, drafting, verifying, finished
+            )
+            text.path.tokens.extend(tokens)
+            if text.logits is not None:
+                text.logits.extend(turn.logits[[0, *(node + 1 for node in turn.nodes)]][: len(tokens)])
+        yield rounds
+        going = {index for index, text in live.items() if not (rounds[index].finished or text.stopped)}
+        if not going:
             return
+        if len(going) < len(live):
+            target.retain([row for row, index in enumerate(live) if index in going])
+            live = {index: text for index, text in live.items() if index in going}
         calls, began = work.layer_calls, time.perf_counter()
-        turn = _speculate(target, path, sampler, drafter, stopping.room(len(path.tokens), prompt))
+        turns, drafted_at = _speculate(target, list(live.values()), verifier)
 
 
-@dataclass(frozen=True)
-class _Turn:
-    draft: Draft
-    outcome: Outcome
-    rest: Tensor | None
-    drafted_at: float
+_Turns = list[tuple[Text, Verified]]
 
 
 @torch.inference_mode()
-def _read_prompt(target: Target, path: TokenPath, sampler: Sampler) -> _Turn:
-    began = time.perf_counter()
-    scored = target.prefill(path.tokens)
-    return _Turn(_NO_DRAFT, verify(scored.logits, _NO_DRAFT, path.tokens, sampler), scored.rest, began)
+def _read_prompts(target: Target, texts: Sequence[Text]) -> _Turns:
+    turns: _Turns = []
+    for text, scored in zip(texts, target.prefill([text.prompt for text in texts]), strict=True):
+        verified = verify(scored.logits, NO_DRAFT, text.path.tokens, text.sampler, VERIFIERS["token-wise"])
+        text.path.rest = scored.rest
+        turns.append((text, verified))
+        if text.speculator is not None:
+            text.speculator.begin(text.prompt)
+    return turns
 
 
 @torch.inference_mode()
-def _speculate(target: Target, path: TokenPath, sampler: Sampler, drafter: Drafter | None, room: int) -> _Turn:
+def _speculate(target: Target, texts: Sequence[Text], verifier: Verifier) -> tuple[_Turns, float]:
     """Draft, score, verify, commit."""
-    draft = _NO_DRAFT if drafter is None else drafter.propose(path, room)
+    drafts = [NO_DRAFT if text.speculator is None else text.speculator.propose(text.path, text.room) for text in texts]
     drafted_at = time.perf_counter()
-    scored = target.score(path.pending, draft)
-    outcome = verify(scored.logits, draft, path.tokens + draft.tokens, sampler)
-    target.commit(outcome.accepted + 1)
-    if drafter is not None:
-        drafter.observe(draft, outcome.accepted)
-    rest = None if scored.rest is None else scored.rest[:, outcome.accepted : outcome.accepted + 1]
-    return _Turn(draft, outcome, rest, drafted_at)
+    scored = target.score([text.path.pending for text in texts], drafts)
+    turns: _Turns = []
+    for text, draft, row in zip(texts, drafts, scored, strict=True):
+        verified = verify(row.logits, draft, text.path.tokens, text.sampler, verifier)
+        turns.append((text, verified))
+        if text.speculator is not None:
+            text.speculator.observe(text.path, verified)
+        text.path.rest = _rest_after(row, verified)
+    target.keep([verified.nodes for _, verified in turns])
+    return turns, drafted_at
+
+
+def _rest_after(scored: Scored, verified: Verified) -> torch.Tensor | None:
+    """h_L of the last token that stood, whose logits gave the new pending one."""
+    if scored.rest is None:
+        return None
+    last = verified.nodes[-1] + 1 if verified.nodes else 0
+    return scored.rest[:, last : last + 1]
 
 
 def _check_prompt(prompt: list[int], vocabulary: int, context: int | None) -> None:

@@ -1,6 +1,7 @@
-"""The model whose law is kept: prefill, score a draft, commit what stands."""
+"""The model whose law is kept: read prompts, score drafts, keep what stands. A batch of texts, or one."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,14 @@ from restpoint.decode.draft import Draft
 from restpoint.errors import RestpointError
 from restpoint.model.cache import SlotCache
 from restpoint.model.layered import LayeredModel
+from restpoint.model.masks import Tree
+
+NO_DRAFT = Draft()
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The target's view of a block.
+    """The target's view of a block: its last prompt token, or the pending token and the drafted nodes.
 
     Attributes:
         logits: one row for each token of the block.
@@ -27,81 +31,169 @@ class Scored:
     rest: Float[Tensor, "1 block hidden"] | None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a round saw of the tokens that it kept: the pending one and the drafted nodes that stood.
+
+    Attributes:
+        states: for every level h_0 .. h_L, (kept, hidden). Where verification resumed at a layer, levels below it have
+            only the tokens that the draft had not run: the last of those kept, perhaps none.
+    """
+
+    states: tuple[Tensor, ...]
+
+    @property
+    def last(self) -> Float[Tensor, "levels hidden"] | None:
+        """States of the last token kept; None where the draft ran its first layers."""
+        if any(not len(level) for level in self.states):
+            return None
+        return torch.stack([level[-1] for level in self.states])
+
+
 class Target(ABC):
-    """A causal LM that is being decoded, with its cache. One text at a time."""
+    """A causal LM that is being decoded, with its cache."""
 
     def __init__(self, layered: LayeredModel):
         self.layered = layered
 
     @abstractmethod
-    def prefill(self, prompt: list[int]) -> Scored:
-        """Start a new text: run the prompt, forget what was before. Only the last token is scored."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
+        """Start new texts: run their prompts, forget what was before. Only the last token of each is scored."""
 
     @abstractmethod
-    def score(self, pending: int, draft: Draft) -> Scored:
-        """Run the pending and the drafted tokens in one pass."""
+    def score(self, pending: Sequence[int], drafts: Sequence[Draft]) -> list[Scored]:
+        """Run the pending and the drafted tokens of every row in one pass."""
 
     @abstractmethod
-    def commit(self, count: int) -> None:
-        """Keep the first ``count`` tokens of the block that was scored last."""
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        """Keep, for every row, its pending token and the path of drafted nodes that stood."""
 
-    def _ids(self, tokens: list[int]) -> Tensor:
-        return torch.tensor([tokens], device=self.layered.device)
+    @abstractmethod
+    def retain(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order."""
 
 
 class LayeredTarget(Target):
-    """A model on its slot cache: drafts are verified in one pass, rejected ones cost nothing to forget."""
+    """A model on its slot cache: drafts are verified in one pass, rejected ones cost nothing to forget.
+
+    Attributes:
+        cache: keys and values of the texts.
+        watcher: given after every round the states of the tokens that were kept, where one text is decoded; None for
+            nobody.
+        widths: numbers of tokens that passes are filled up to, ascending; empty where they are as long as they must be.
+    """
+
+    widths: tuple[int, ...] = ()
 
     def __init__(self, layered: LayeredModel):
         super().__init__(layered)
-        self.cache: SlotCache = layered.cache()
+        self.cache: SlotCache = self._new_cache(1, 1)
+        self.watcher: Callable[[Kept], None] | None = None
+        self._watched: list[
+            tuple[int, Tensor]
+        ] = []  # of each level, the first place of the block, and states from it on
 
-    def prefill(self, prompt: list[int]) -> Scored:
-        """See :meth:`Target.prefill`."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
+        """See :meth:`Target.prefill`. Shorter rows are filled up behind their end, where nothing looks."""
         layered = self.layered
-        self.cache = layered.cache(capacity=max(256, 2 * len(prompt)))
-        rest = layered.run(layered.plan(self._ids(prompt), self.cache))[:, -1:]
-        self.cache.commit([len(prompt)])
-        return Scored(layered.logits(rest)[0], rest)
+        longest = max(len(prompt) for prompt in prompts)
+        self.cache = self._new_cache(len(prompts), longest)
+        ids = self._ids([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+        states = layered.run(layered.plan(ids, self.cache))
+        self.cache.commit([len(prompt) for prompt in prompts])
+        rests = [states[row : row + 1, len(prompt) - 1 : len(prompt)] for row, prompt in enumerate(prompts)]
+        logits = layered.logits(torch.cat(rests))
+        return [Scored(logits[row], rest) for row, rest in enumerate(rests)]
 
-    def score(self, pending: int, draft: Draft) -> Scored:
-        """See :meth:`Target.score`. Resumes at the draft's exit layer, where it has one."""
-        layered = self.layered
-        plan = layered.plan(self._ids([pending, *draft.tokens]), self.cache)
-        start = 0 if draft.exits is None else draft.exit_layer
-        rest = layered.run(plan, start, hidden=draft.exits)
-        return Scored(layered.logits(rest)[0], rest)
+    def score(self, pending: Sequence[int], drafts: Sequence[Draft]) -> list[Scored]:
+        """See :meth:`Target.score`. Resumes at the draft's exit layer, where it has one (one row only)."""
+        layered, cache = self.layered, self.cache
+        count = 1 + max(len(draft.tokens) for draft in drafts)
+        blocks = [[token, *draft.tokens] for token, draft in zip(pending, drafts, strict=True)]
+        ids = self._ids([block + [0] * (count - len(block)) for block in blocks])
+        # What fills a row up, as a chain, would stand at positions that a table of positions may not have.
+        beyond = layered.embedding_scale is None and any(len(block) < count for block in blocks)
+        chains = not beyond and all(draft.is_chain for draft in drafts)
+        trees = None if chains else [tree_of(draft, count) for draft in drafts]
+        plan = layered.plan(ids, cache, tree=trees)
+        watched = None if self.watcher is None or len(drafts) > 1 else list[Tensor]()
+        if len(drafts) == 1 and (exits := drafts[0].exits) is not None:
+            layer, ran = drafts[0].exit_layer, exits.shape[1]
+            lower = [plan.hidden[:, ran:], *[exits[:, :0]] * (layer - 1)]
+            if ran < count:
+                rest_of_it = layered.plan(ids[:, ran:], cache, offset=ran, tree=trees)
+                lower = [rest_of_it.hidden]
+                exits = torch.cat([exits, layered.run(rest_of_it, stop=layer, keep=lower)], 1)
+            states = layered.run(plan, layer, hidden=exits, keep=watched)
+            self._watched = [(ran, level) for level in lower[:layer]]
+            self._watched += [(0, level) for level in (exits, *(watched or []))]
+        else:
+            states = layered.run(plan, keep=watched)
+            self._watched = [(0, level) for level in (plan.hidden, *(watched or []))]
+        logits = layered.logits(states)
+        sizes = [len(block) for block in blocks]
+        return [Scored(logits[row, :size], states[row : row + 1, :size]) for row, size in enumerate(sizes)]
 
-    def commit(self, count: int) -> None:
-        """See :meth:`Target.commit`."""
-        self.cache.commit([count])
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        """See :meth:`Target.keep`."""
+        for row, path in enumerate(nodes):
+            self.cache.keep(row, [0, *(node + 1 for node in path)])
+        if self.watcher is not None and len(self._watched) > self.layered.depth:
+            places = [0, *(node + 1 for node in nodes[0])]
+            kept = [level[0, [at - first for at in places if at >= first]] for first, level in self._watched]
+            self.watcher(Kept(tuple(kept)))
+
+    def retain(self, rows: Sequence[int]) -> None:
+        """See :meth:`Target.retain`."""
+        self.cache.retain(rows)
+
+    def _new_cache(self, rows: int, longest: int) -> SlotCache:
+        """An empty cache for prompts of up to so many tokens."""
+        return self.layered.cache(rows, capacity=max(256, 2 * longest))
+
+    def _ids(self, tokens: list[list[int]]) -> Tensor:
+        return torch.tensor(tokens, device=self.layered.device)
 
 
 class NativeTarget(Target):
-    """A model on its own cache, by its own forward: for families whose cache cannot roll back. It takes no drafts."""
+    """A model on its own cache, by its own forward: for families whose cache cannot roll back.
+
+    One text at a time, no drafts.
+    """
 
     def __init__(self, layered: LayeredModel):
         super().__init__(layered)
         self.past: dict[str, Any] = {}
 
-    def prefill(self, prompt: list[int]) -> Scored:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
         """See :meth:`Target.prefill`."""
+        if len(prompts) > 1:
+            raise RestpointError("prompts: this model family is decoded one text at a time; give them one by one")
         self.past = {}
-        return self._step(prompt)
+        return [self._step(prompts[0])]
 
-    def score(self, pending: int, draft: Draft) -> Scored:
+    def score(self, pending: Sequence[int], drafts: Sequence[Draft]) -> list[Scored]:
         """See :meth:`Target.score`; the draft must be empty."""
-        if draft.tokens:
+        if drafts[0].tokens:
             raise RestpointError("drafter: this model family cannot verify drafts; decode it plainly (drafter=None)")
-        return self._step([pending])
+        return [self._step(pending)]
 
-    def commit(self, count: int) -> None:
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
         """Nothing to do: its cache keeps every token it has seen."""
 
-    def _step(self, tokens: list[int]) -> Scored:
+    def retain(self, rows: Sequence[int]) -> None:
+        """Nothing to do: there is one row."""
+
+    def _step(self, tokens: Sequence[int]) -> Scored:
         stack = self.layered.stack
-        output = stack.model(input_ids=self._ids(tokens), use_cache=True, **self.past)
+        ids = torch.tensor([list(tokens)], device=self.layered.device)
+        output = stack.model(input_ids=ids, use_cache=True, **self.past)
         self.past = {stack.cache_argument: getattr(output, stack.cache_argument)}
         self.layered.work.layer_calls += self.layered.depth
         self.layered.work.token_layers += self.layered.depth * len(tokens)
         return Scored(output.logits[0, -1:], None)
+
+
+def tree_of(draft: Draft, count: int) -> Tree:
+    """The pending token as the root, drafted nodes below it; what fills a row up hangs from the root."""
+    return Tree((-1, *(parent + 1 for parent in draft.parents), *[0] * (count - 1 - len(draft.tokens))))

@@ -1,74 +1,54 @@
-"""Which drafted tokens stand: the coupling that keeps the model's own law."""
+"""Which drafted tokens stand, so that the text keeps the model's own law."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from restpoint.decode.draft import Draft
+from restpoint.decode.draft import ROOT, Draft, Verified
 from restpoint.decode.sampling import Sampler
+from restpoint.decode.verifiers.base import Outcome, Verifier
 from restpoint.errors import RestpointError
-from restpoint.transport.variation import accepts, draw, residual
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What verification decided.
+def verify(
+    logits: Float[Tensor, "rows vocab"], draft: Draft, text: Sequence[int], sampler: Sampler, verifier: Verifier
+) -> Verified:
+    """Hold a draft against the target: greedy text is the target's own, sampled text follows its law exactly.
 
-    Attributes:
-        accepted: number of drafted tokens kept.
-        next_token: the token after them: the replacement of the first rejected one, or the bonus token.
-    """
-
-    accepted: int
-    next_token: int
-
-
-def verify(logits: Float[Tensor, "block vocab"], draft: Draft, prefix: list[int], sampler: Sampler) -> Outcome:
-    """Token-wise verification by maximal coupling: the emitted tokens follow the target's law exactly.
-
-    Row i of ``logits`` is the target after the pending token and i drafted ones. Greedy: a drafted token is kept
-    while it equals the target's argmax. Sampling: token x_i ~ q_i is kept with probability min(1, p_i(x_i)/q_i(x_i));
-    the first rejected one is replaced by a draw from norm((p_i - q_i)_+); after k kept ones a bonus token is drawn
-    from p_{k+1}. The expected share kept at position i is 1 - TV(p_i, q_i).
+    Greedy: from the root on, the child that holds the target's argmax stands. Sampling: the verifier decides.
 
     Args:
-        logits: the target's logits on the pending and the drafted tokens.
-        draft: the drafted tokens with the law that they were drawn from.
-        prefix: all tokens up to and with the last drafted one.
+        logits: the target's, after the pending token and after each drafted node.
+        draft: the tree, with the laws that its random tokens were drawn from.
+        text: all tokens up to the pending one.
         sampler: processors and random numbers.
+        verifier: the coupling of draft and target; greedy decoding needs none.
 
     Raises:
-        RestpointError: the target's logits contain NaN.
-
-    Paper:
-        Leviathan, Kalman, Matias 2023, "Fast Inference from Transformers via Speculative Decoding"; Chen et al. 2023,
-        "Accelerating Large Language Model Decoding with Speculative Sampling".
+        RestpointError: the target's logits contain NaN, or processors leave no token at a position.
     """
-    count = len(draft.tokens)
     if sampler.greedy:
-        best = sampler.best(logits, prefix)
+        best = sampler.best(logits, lambda: draft.prefixes(text))
         *targets, finite = torch.cat([best, torch.isfinite(logits.amax()).long()[None]]).tolist()
         _require(bool(finite))
-        accepted = 0
-        while accepted < count and draft.tokens[accepted] == targets[accepted]:
-            accepted += 1
-        return Outcome(accepted, targets[accepted])
-    p = sampler.law(logits, prefix)
-    _require(bool(torch.isfinite(p[:, 0]).all()))
-    accepted = 0
-    if count:
-        drafted = torch.tensor(draft.tokens, device=p.device)
-        q = draft.law
-        if q is None:
-            q = torch.zeros_like(p[:count]).scatter_(1, drafted[:, None], 1.0)
-        kept = accepts(drafted, p[:count], q, sampler.uniforms(count)).tolist()
-        accepted = kept.index(False) if False in kept else count
-        if accepted < count:
-            replacement = draw(residual(p[accepted], q[accepted]), sampler.uniforms(1)[0])
-            return Outcome(accepted, int(replacement))
-    return Outcome(accepted, int(draw(p[count], sampler.uniforms(1)[0])))
+        outcome = _follow(draft, targets)
+    else:
+        p = sampler.law(logits, lambda: draft.prefixes(text))
+        _require(bool(torch.isfinite(p[:, 0]).all()))
+        outcome = verifier.verify(p, draft, sampler.uniforms)
+    return Verified(draft, logits, outcome.nodes, outcome.next_token)
+
+
+def _follow(draft: Draft, targets: list[int]) -> Outcome:
+    children = draft.children()
+    nodes: list[int] = []
+    node = ROOT
+    while (following := children[node + 1].get(targets[node + 1])) is not None:
+        nodes.append(following)
+        node = following
+    return Outcome(tuple(nodes), targets[node + 1])
 
 
 def _require(finite: bool) -> None:

@@ -13,6 +13,7 @@ from restpoint.equilibrium.fitting import (
     negative_squared_error,
 )
 from restpoint.equilibrium.gram import GramAccumulator, Moments
+from restpoint.equilibrium.heads import MultiTokenHeads, fit_heads
 from restpoint.equilibrium.predictors import (
     AffinePredictor,
     IdentityPredictor,
@@ -33,10 +34,12 @@ __all__ = [
     "IdentityPredictor",
     "Moments",
     "MongePredictor",
+    "MultiTokenHeads",
     "Predictor",
     "RandomFeatures",
     "RestPointRecurrence",
     "fit_affine",
+    "fit_heads",
     "fit_monge",
     "fit_recurrence",
     "negative_squared_error",

@@ -11,7 +11,7 @@ from torch import Tensor
 from restpoint.equilibrium.affine import AffineMap
 from restpoint.equilibrium.features import RandomFeatures
 from restpoint.equilibrium.gram import GramAccumulator, require_finite
-from restpoint.equilibrium.predictors import AffinePredictor, MongePredictor, Predictor, RestPointRecurrence
+from restpoint.equilibrium.predictors import AffinePredictor, MongePredictor, RestPointRecurrence
 from restpoint.equilibrium.ridge import solve_ridge_path
 from restpoint.errors import RestpointError
 from restpoint.transport.gaussian import Gaussian, monge_map
@@ -99,7 +99,7 @@ class FitProgress:
     """Rows of this stage so far."""
 
 
-Fitted = TypeVar("Fitted", bound=Predictor)
+Fitted = TypeVar("Fitted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,7 +357,7 @@ def _draw_features(pairs: Iterator[_Pair], settings: FitSettings) -> RandomFeatu
         wide = x.double()
         drawn = RandomFeatures.draw(wide.mean(0), wide.std(0, correction=0), settings.features, seed=settings.seed)
         return drawn.to(x.device, x.dtype)
-    raise RestpointError("the stream gave no row; pass sequences longer than 1 token")
+    raise RestpointError("the stream gave no row; pass longer sequences")
 
 
 def _lift(x: Float[Tensor, "rows inputs"], features: RandomFeatures | None) -> Float[Tensor, "rows lifted"]:

@@ -81,9 +81,9 @@ def bench(
         notes = list(drafting.notes)
         methods.append(Restpoint(RESTPOINT, drafting, options.temperature))
         records[RESTPOINT] = Record(RESTPOINT, settings=_drafts_by(drafting))
-        for source in () if options.quick or drafting.profile is None else ("predictor", "lookup"):
-            alone = Decoder(loaded, drafting.profile, source)
-            methods.append(Restpoint(f"{RESTPOINT} {source} only", alone, options.temperature))
+        for name in () if options.quick or drafting.drafting is None else drafting.drafting.names:
+            alone = Decoder(loaded, profile, (name,))
+            methods.append(Restpoint(f"{RESTPOINT} {name} only", alone, options.temperature))
             records[methods[-1].name] = Record(methods[-1].name)
     _prepare(methods, records, prompts[0][0], options, report)
     laps = _run(methods, records, prompts, options, began, report)
@@ -174,7 +174,7 @@ def _run_one(method: Method, record: Record, prompt: _Prompt, options: BenchOpti
 
 
 def _drafts_by(decoder: Decoder) -> str:
-    return "decodes plainly" if decoder.profile is None else decoder.profile.chosen
+    return "decodes plainly" if decoder.drafting is None else ", ".join(decoder.drafting.names)
 
 
 @contextmanager

@@ -1,95 +1,103 @@
-"""How often a predictor's drafts stand, and what they cost on this machine."""
+"""How often drafters' tokens stand, and what drafts and passes cost on this machine."""
 
 import torch
 from torch import Tensor
 
-from restpoint.decode.calibrate import AcceptanceCounter
-from restpoint.decode.control import Calibration, Controller
+from restpoint.decode.acceptance import AcceptanceCounter
 from restpoint.decode.costs import Costs, device_name, measure_drafts, measure_passes, name_of
-from restpoint.decode.draft import TokenPath
+from restpoint.decode.draft import ROOT, InstantDrafter, SteppedDrafter, TokenPath, Verified
 from restpoint.decode.drafters.exit import ExitDrafter
-from restpoint.decode.drafters.lookup import MATCH_EDGES, SuffixIndex, match_confidences
-from restpoint.decode.sampling import Sampler
-from restpoint.decode.settings import SamplingSettings
-from restpoint.decode.target import LayeredTarget
+from restpoint.decode.target import NO_DRAFT, LayeredTarget
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.fit.recording import Recording
-from restpoint.profile import Drafting, Measured
+from restpoint.profile import Calibrations, Measured
 from restpoint.transport.variation import acceptance
+
+_CHILDREN = 8
+_ROOM = 8
 
 
 class CostMeter:
-    """Measures costs on this machine; passes that several predictors share are timed once.
+    """Measures costs on this machine; the passes, which all drafters share, are timed once.
 
     Args:
         target: the model.
+        trees: whether it can verify trees.
     """
 
-    def __init__(self, target: LayeredTarget):
+    def __init__(self, target: LayeredTarget, trees: bool = True):
         self.target = target
-        self._passes: dict[int, tuple[float, ...]] = {}
+        self.trees = trees
+        self._verify = measure_passes(target)
+        self._draft: dict[str, tuple[float, float]] = {}
 
-    def passes(self, exit_layer: int) -> tuple[float, ...]:
-        """Seconds of passes that resume at a layer."""
-        if exit_layer not in self._passes:
-            self._passes[exit_layer] = measure_passes(self.target, exit_layer)
-        return self._passes[exit_layer]
+    def of(self, drafter: SteppedDrafter) -> tuple[float, float]:
+        """Seconds of a drafter's first and each later level."""
+        self._draft[drafter.name] = measure_drafts(self.target, drafter)
+        return self._draft[drafter.name]
 
-    def of_lookup(self) -> Costs:
-        """Costs of drafts that take no time."""
-        return self._costs(0, (0.0, 0.0))
+    def of_predictor(self, predictor: Predictor, vocabulary: Tensor | None) -> tuple[float, float]:
+        """Seconds of the first and each later level of drafts by a predictor."""
+        return self.of(ExitDrafter(self.target, predictor, vocabulary, trees=self.trees))
 
-    def of(self, predictor: Predictor, vocabulary: Tensor | None) -> Costs:
-        """Costs of drafting by a predictor."""
-        flat = Calibration((), ((1.0,), (1.0,)), ((1.0,), (1.0,)))
-        controller = Controller(Costs("", "", (1.0,) * 9, (0.0, 0.0)), flat, fixed=1)
-        drafter = ExitDrafter(self.target, predictor, Sampler(SamplingSettings()), controller, vocabulary)
+    def costs(self) -> Costs:
+        """All that was measured."""
         layered = self.target.layered
-        rest = torch.zeros(1, 1, layered.hidden_size, dtype=layered.dtype, device=layered.device)
-        path = TokenPath([1 % layered.vocabulary_size] * 129, rest)
-
-        def draft(count: int) -> None:
-            controller.fixed = count
-            drafter.propose(path, count)
-
-        return self._costs(predictor.exit_layer, measure_drafts(self.target, draft))
-
-    def _costs(self, exit_layer: int, draft: tuple[float, float]) -> Costs:
-        layered = self.target.layered
-        return Costs(device_name(layered.device), name_of(layered.dtype), self.passes(exit_layer), draft)
+        return Costs(device_name(layered.device), name_of(layered.dtype), self._verify, dict(self._draft))
 
 
-def measure_lookup(recorded: Recording, meter: CostMeter) -> Drafting:
-    """How often tokens copied from the text stand, on the model's own held-out text, and what passes cost."""
-    counters = {kind: AcceptanceCounter(MATCH_EDGES) for kind in ("greedy", "sampled")}
+def measure_instant(recorded: Recording, drafter: InstantDrafter) -> Calibrations:
+    """How often an instant drafter's tokens stand, on the model's own held-out text.
+
+    It goes through the text as if every token were a round of plain decoding, so what it can learn from drafts that
+    were verified is missing.
+    """
+    counters = {kind: AcceptanceCounter(drafter.edges) for kind in ("greedy", "sampled")}
     for index, tokens in recorded.held_out_tokens():
         own = recorded.own(index)
-        kinds = [own] if own else [] if recorded.has_own_text else ["greedy", "sampled"]
-        suffixes = SuffixIndex()
-        for length in range(1, len(tokens)):
-            suffixes.extend(tokens[:length])
-            copied, match = suffixes.longest(min(6, len(tokens) - length))
-            for step, confidence in enumerate(match_confidences(match, len(copied))):
-                stands = copied[step] == tokens[length + step]
-                for kind in kinds if length >= recorded.prompt_length else ():
-                    counters[kind].add(step, torch.tensor([confidence]), torch.tensor([float(stands)]))
-                if not stands:
-                    break
-    return Drafting(counters["greedy"].calibration(), counters["sampled"].calibration(), meter.of_lookup())
+        kinds = [own] if own else [] if recorded.has_own_text else list(counters)
+        start = recorded.prompt_length
+        if not kinds:
+            continue
+        rests = recorded.rests(index)
+        logits = recorded.layered.logits(rests[None])[0]
+        drafter.begin(tokens[:start])
+        for length in range(start, len(tokens)):
+            path = TokenPath(tokens[:length], rests[None, length - 2 : length - 1])
+            candidates = drafter.candidates(path, min(_ROOM, len(tokens) - length))
+            truth = {ROOT: length}  # for every candidate that stands, the place of the token after it
+            found: tuple[list[float], list[float]] = [], []
+            stood: tuple[list[float], list[float]] = [], []
+            for node, (token, parent) in enumerate(zip(candidates.tokens, candidates.parents, strict=True)):
+                if (place := truth.get(parent)) is None or place >= len(tokens):
+                    continue
+                kind = int(parent != ROOT)
+                found[kind].append(candidates.confidences[node])
+                stood[kind].append(float(tokens[place] == token))
+                if tokens[place] == token:
+                    truth[node] = place + 1
+            for kind in kinds:
+                for step in (0, 1):
+                    counters[kind].add(step, torch.tensor(found[step]), torch.tensor(stood[step]))
+            drafter.learn(path, Verified(NO_DRAFT, logits[length - 1 : length], (), tokens[length]))
+    return Calibrations(counters["greedy"].calibration(), counters["sampled"].calibration())
 
 
 @torch.no_grad()
 def measure(
     recorded: Recording, predictor: Predictor, vocabulary: Tensor | None, meter: CostMeter
-) -> tuple[Drafting, Measured]:
+) -> tuple[Calibrations, Measured]:
     """Acceptance on held-out text, calibration, and costs of one predictor.
 
-    Greedy decoding is calibrated on what the model wrote greedily, along paths whose earlier drafts all stood; sampling
-    on what it sampled. Without its own text both are calibrated on the text read.
+    The confidence of a token is the probability q that the predictor gives it. Greedy decoding is calibrated on how
+    often each of the eight most probable tokens is the model's choice, on what the model wrote greedily, along paths
+    whose earlier tokens were among the eight; sampling on the probability that the model gives each, on what it
+    sampled. Without its own text both are calibrated on the text read.
     """
     layered = recorded.layered
     counters = {"greedy": AcceptanceCounter(), "sampling": AcceptanceCounter()}
     totals = torch.zeros(2, 3, dtype=torch.float64)
+    chain = torch.zeros(2, 2, dtype=torch.float64)
     has_own = recorded.has_own_text
     mapped = predictor.to(layered.device)
     for index in recorded.held_out:
@@ -110,30 +118,25 @@ def measure(
                 allowed[vocabulary.to(law.device)] = 1
                 law = law * allowed
                 law = law / law.sum(-1, keepdim=True)
-            confidence, guess = law.max(-1)
-            agrees = guess == best[first:]
-            accepted = acceptance(law, true[first:])
+            confidences, named = law.topk(min(_CHILDREN, law.shape[-1]))
+            right = named == best[first:, None]
             if step == 0:
+                accepted = acceptance(law, true[first:])
                 totals[int(own is not None)] += (
-                    torch.stack([accepted.sum(), agrees.sum(), torch.tensor(len(agrees))]).double().cpu()
+                    torch.stack([accepted.sum(), right[:, 0].sum(), torch.tensor(len(right))]).double().cpu()
                 )
             if own == "greedy" or not has_own:
-                counters["greedy"].add(step, confidence[stands], agrees[stands].float())
+                counters["greedy"].add(step, confidences[stands].flatten(), right[stands].float().flatten())
+                chain[min(step, 1)] += torch.stack([right[stands, 0].sum(), stands.sum()]).double().cpu()
             if own == "sampled" or not has_own:
-                counters["sampling"].add(step, confidence, accepted)
-            stands = (stands & agrees)[:-1]
+                p = true[first:].gather(1, named)
+                counters["sampling"].add(step, confidences.flatten(), p.flatten())
+            stands = (stands & right.any(-1))[:-1]
             previous = predicted
-    drafting = Drafting(
-        counters["greedy"].calibration(),
-        counters["sampling"].calibration(),
-        meter.of(predictor, vocabulary),
-    )
-    controller = Controller(drafting.costs, drafting.greedy)
-    rates = [
-        controller.expected_tokens(drafted) / controller.seconds(drafted) for drafted in range(controller.longest + 1)
-    ]
     natural, own_totals = (row / row[2].clamp_min(1) for row in totals)
-    return drafting, Measured(
+    seconds = meter.of_predictor(predictor, vocabulary)
+    first, later = (float(row[0] / row[1].clamp_min(1)) for row in chain)
+    measured = Measured(
         predictor=predictor.name,
         exit_layer=predictor.exit_layer,
         acceptance=float(natural[0]),
@@ -141,5 +144,17 @@ def measure(
         own_acceptance=float(own_totals[0]) if has_own else None,
         own_top1=float(own_totals[1]) if has_own else None,
         multiplications=predictor.parameters_read(),
-        expected_speed=max(rates) / rates[0],
+        expected_speed=_chain_speed(first, later, seconds, meter.costs().verify),
     )
+    return Calibrations(counters["greedy"].calibration(), counters["sampling"].calibration()), measured
+
+
+def _chain_speed(first: float, later: float, draft: tuple[float, float], verify: tuple[float, ...]) -> float:
+    """Rate of the best chain length over plain decoding, by tokens (1 + sum of reaches) over seconds."""
+    tokens, reach, seconds, best = 1.0, 1.0, 0.0, 1.0
+    for length in range(1, len(verify)):
+        reach *= first if length == 1 else later
+        tokens += reach
+        seconds += draft[length > 1]
+        best = max(best, tokens * verify[0] / (seconds + verify[length]))
+    return best

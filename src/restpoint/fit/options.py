@@ -22,6 +22,8 @@ class FitOptions:
     """Exit layers whose recurrence is fitted with random features too, which takes most of the time."""
     steps: int = 2
     """Maps of the recurrence, one per drafted position; later positions use the last."""
+    heads: int = 0
+    """Positions that multi-token heads predict at once, for the drafter `heads`; 0 for no heads."""
     vocabulary: int = 2048
     """Tokens that may be drafted, the most frequent of the text; 0 for all. Verification is exact in any case."""
     sequence_length: int = 256
@@ -46,7 +48,7 @@ class FitOptions:
             raise RestpointError(f"own_share is {self.own_share}; it must lie in [0, 1)")
         if not 0 < self.held_out < 0.5:
             raise RestpointError(f"held_out is {self.held_out}; it must lie between 0 and 0.5")
-        for name in ("features", "vocabulary"):
+        for name in ("features", "heads", "vocabulary"):
             if getattr(self, name) < 0:
                 raise RestpointError(f"{name} is {getattr(self, name)}; it must be 0 or positive")
         for name in ("steps", "batch"):

@@ -89,6 +89,11 @@ class Recording:
         logits = self.layered.logits(rest[None].to(self.layered.dtype))
         return torch.softmax(logits[0].float(), -1)
 
+    def rests(self, index: int) -> Tensor:
+        """h_L of every token of a sequence, in the model's dtype."""
+        _ids, states = next(self.store.read([index]))
+        return states[0, :, -1].to(self.layered.device, self.layered.dtype)
+
     def score(self, predicted: Tensor, true: Tensor) -> Tensor:
         """Acceptance 1 - TV of each row, the vocabulary in blocks of rows."""
         rows = max(1, 4_000_000 // self.layered.vocabulary_size)

@@ -4,17 +4,21 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from restpoint.decode.draft import InstantDrafter
+from restpoint.decode.drafters.heads import HeadsDrafter
+from restpoint.decode.drafters.tables import TABLES
 from restpoint.decode.target import LayeredTarget
 from restpoint.equilibrium.fitting import Chunk, FitProgress, FitSettings, fit_affine, fit_monge, fit_recurrence
+from restpoint.equilibrium.heads import MultiTokenHeads, fit_heads
 from restpoint.equilibrium.predictors import IdentityPredictor, Predictor
 from restpoint.errors import RestpointError
-from restpoint.fit.measuring import CostMeter, measure, measure_lookup
+from restpoint.fit.measuring import CostMeter, measure, measure_instant
 from restpoint.fit.options import FitOptions
 from restpoint.fit.recording import Progress, Recording, record
 from restpoint.model.check import check
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
-from restpoint.profile import Drafting, Measured, Profile, fingerprint
+from restpoint.profile import Calibrations, Measured, Profile, fingerprint
 
 _SCORED = 16
 """Held-out sequences that ridge strengths are compared on."""
@@ -71,25 +75,33 @@ def fit_profile(
         raise RestpointError(f"exit_layers is {exits}; each must lie between 0 and {layered.depth - 1}")
     recorded = record(loaded, layered, texts, options, exits, Path(output) / "states", report)
     predictors = _solve(recorded, options, exits, report)
+    heads = _solve_heads(recorded, options, report) if options.heads else None
     vocabulary = recorded.frequent_tokens(options.vocabulary) if options.vocabulary else None
-    meter = CostMeter(LayeredTarget(layered))
-    drafting: dict[str, Drafting] = {}
+    meter = CostMeter(LayeredTarget(layered), trees=capabilities.tree.supported)
+    allowed = vocabulary if layered.head.direct else None
+    calibrations: dict[str, Calibrations] = {}
     rows: list[Measured] = []
     for index, (name, predictor) in enumerate(predictors.items()):
-        report("measure", index, len(predictors))
-        allowed = vocabulary if layered.head.direct else None
-        drafting[name], row = measure(recorded, predictor, allowed, meter)
+        report("measure", index, len(predictors) + 1)
+        calibrations[name], row = measure(recorded, predictor, allowed, meter)
         rows.append(row)
-    report("measure", len(predictors), len(predictors))
+    report("measure", len(predictors), len(predictors) + 1)
+    instant: list[InstantDrafter] = [table.make(layered.vocabulary_size, None) for table in TABLES.values()]
+    if heads is not None:
+        instant.append(HeadsDrafter.of_model(heads, layered, vocabulary=allowed))
+    for drafter in instant:
+        calibrations[drafter.name] = measure_instant(recorded, drafter)
+    report("measure", len(predictors) + 1, len(predictors) + 1)
     rows.sort(key=lambda row: (-round(row.expected_speed or 0, 2), -row.acceptance))
     profile = Profile(
         fingerprint=fingerprint(loaded),
         model=loaded.name,
         chosen=rows[0].predictor,
         predictors=predictors,
-        drafting=drafting,
-        vocabulary=vocabulary if layered.head.direct else None,
-        lookup=measure_lookup(recorded, meter),
+        calibrations=calibrations,
+        costs=meter.costs(),
+        vocabulary=allowed,
+        heads=heads,
         measured=tuple(rows),
         fitted_on={**asdict(options), "tokens": recorded.tokens, "text_sha256": recorded.text_hash},
     )
@@ -144,3 +156,23 @@ def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], rep
         solved[name] = replace(solve(lambda _progress: None), name=name)
     report("solve", len(jobs), len(jobs))
     return solved
+
+
+def _solve_heads(recorded: Recording, options: FitOptions, report: Progress) -> MultiTokenHeads:
+    """Heads that read the embedding and the rest state before it, with random features."""
+    report("solve heads", 0, 1)
+    settings = FitSettings(
+        strengths=(1e-5, 1e-4, 1e-3),
+        features=options.features,
+        steps=options.heads,
+        seed=options.seed,
+        product_precision="float32",
+    )
+    solved = fit_heads(
+        lambda: recorded.chunks(recorded.fitted),
+        lambda: recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // _SCORED)]),
+        settings=settings,
+        score=recorded.score,
+    )
+    report("solve heads", 1, 1)
+    return solved.predictor

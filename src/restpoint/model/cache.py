@@ -1,5 +1,6 @@
 """The key-value cache that makes rollback free: in every row, a token's slot is its position."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,11 @@ class SlotLayer(CacheLayerMixin):
             for kept in self.stored:
                 kept[row, :, target.to(kept.device)] = kept[row, :, source.to(kept.device)]
 
+    def retain(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        if self.is_initialized:
+            self.keys, self.values = (kept.index_select(0, rows.to(kept.device)) for kept in self.stored)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Sizes that a model asks for when it builds a mask of its own."""
         return self.owner.seen + query_length, 0
@@ -142,3 +148,12 @@ class SlotCache(Cache):
             for layer in self.slot_layers:
                 layer.move(row, source, target)
         self.lengths[row] = base + len(nodes)
+
+    def retain(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in this order."""
+        chosen = torch.tensor(list(rows))
+        for layer in self.slot_layers:
+            layer.retain(chosen)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.batch = len(rows)
+        self.lookahead = None

@@ -62,12 +62,15 @@ class Head:
         return self.after(nn.functional.linear(rest.to(weight.device, weight.dtype), weight, bias))
 
     @torch.no_grad()
-    def rows(self, tokens: Int[Tensor, " tokens"]) -> tuple[Tensor, Tensor | None]:
-        """Unembedding weight and bias of some tokens only, copied so that they lie together in memory."""
+    def rows(
+        self, tokens: Int[Tensor, " tokens"] | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A copy of the unembedding's weight and bias: of some tokens only, or in another dtype."""
         assert isinstance(self.unembedding, nn.Linear)
-        bias = self.unembedding.bias
-        index = tokens.to(self.unembedding.weight.device)
-        return self.unembedding.weight[index].contiguous(), None if bias is None else bias[index].contiguous()
+        weight, bias = self.unembedding.weight, self.unembedding.bias
+        index = slice(None) if tokens is None else tokens.to(weight.device)
+        weight = weight[index].to(dtype).contiguous()
+        return weight, None if bias is None else bias[index].to(dtype).contiguous()
 
     def logits(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
         """Next-token logits of states after the last layer."""

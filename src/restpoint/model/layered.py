@@ -132,7 +132,7 @@ class LayeredModel:
             depths = [own.depths()[offset:] for own in trees]
             positions = start - offset + torch.tensor(depths, device=ids.device)
         layout = Layout(slots, positions, max(bases) + count, uniform, trees)
-        if cache is not None and uniform and self.plans_ahead and count <= _LOOKAHEAD:
+        if cache is not None and uniform and self.plans_ahead and offset + count <= _LOOKAHEAD:
             if trees is None:
                 return self._plan_ahead(ids, cache, layout, range(bases[0], bases[0] + count))
             if batch == 1:

@@ -61,9 +61,14 @@ class Loaded:
     @property
     def context_length(self) -> int | None:
         """The most tokens that the config says the model can attend to; None where it names no limit."""
-        config = self.model.config.get_text_config()
-        lengths = (getattr(config, name, None) for name in _CONTEXT_LENGTH_NAMES)
-        return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+        return context_length(self.model)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """See :attr:`Loaded.context_length`."""
+    config = model.config.get_text_config()
+    lengths = (getattr(config, name, None) for name in _CONTEXT_LENGTH_NAMES)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
 
 def load(

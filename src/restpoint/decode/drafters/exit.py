@@ -1,20 +1,55 @@
 """Drafts read from an early layer, or from no layer at all, through a predictor of the rest state."""
 
-import math
+from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from restpoint.decode.control import Controller
-from restpoint.decode.draft import Draft, Drafter, TokenPath
-from restpoint.decode.sampling import Sampler
+from restpoint.decode.draft import SteppedDrafter, TokenPath
+from restpoint.decode.drafters.precision import draft_dtype
+from restpoint.decode.drafters.walk import LayeredWalk
 from restpoint.decode.target import LayeredTarget
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError
-from restpoint.transport.variation import draw
+from restpoint.model.layered import LayeredModel
 
 
-class ExitDrafter(Drafter):
+class DraftHead:
+    """The model's head as drafts use it: in the dtype of drafts, over the tokens that may be drafted.
+
+    Args:
+        layered: the model.
+        vocabulary: tokens that may be drafted; None for all.
+
+    Raises:
+        RestpointError: a draft vocabulary is asked of a model whose head has no direct form.
+    """
+
+    def __init__(self, layered: LayeredModel, vocabulary: Tensor | None = None):
+        if vocabulary is not None and not layered.head.direct:
+            raise RestpointError("vocabulary: this model's head cannot be cut to some tokens; leave it out")
+        self.layered = layered
+        self.dtype = draft_dtype(layered)
+        self.vocabulary = None if vocabulary is None else vocabulary.to(layered.device)
+        cheaper = self.dtype != layered.dtype or vocabulary is not None
+        self._rows = layered.head.rows(vocabulary, self.dtype) if layered.head.direct and cheaper else None
+
+    def logits(self, rest: Float[Tensor, "1 states hidden"]) -> Float[Tensor, "states vocab"]:
+        """Of the whole vocabulary; minus infinity outside the draft vocabulary."""
+        layered = self.layered
+        rest = rest.to(layered.dtype)
+        if self._rows is None:
+            return layered.logits(rest)[0]
+        head = layered.head
+        drafted = head.unembed(head.rest_state(rest), *self._rows)[0]
+        if self.vocabulary is None:
+            return drafted
+        logits = drafted.new_full((drafted.shape[0], layered.vocabulary_size), float("-inf"))
+        return logits.index_copy_(1, self.vocabulary, drafted)
+
+
+class ExitDrafter(SteppedDrafter):
     """Runs the first E layers on each drafted token and predicts where it will come to rest.
 
     The state at the exit layer, with the rest state of the token before where the predictor wants it, gives a
@@ -24,114 +59,74 @@ class ExitDrafter(Drafter):
     Args:
         target: the model that verifies; its cache is written to.
         predictor: from states of layers up to E to h_L.
-        sampler: the processors that apply to draft and target alike.
-        controller: how many tokens to draft.
         vocabulary: tokens that may be drafted (a frequent few make the head cheap); None for all. Verification stays
             exact: other tokens come from the residual and the bonus.
+        trees: whether the target can verify trees.
+        name: what tables call it; the predictor's name if empty.
+        head: a head that drafters share, in place of one for ``vocabulary``.
+
+    Attributes:
+        walk: runs the layers.
 
     Raises:
         RestpointError: the predictor's exit layer is not below the model's depth, or a draft vocabulary is asked of a
             model whose head has no direct form.
+
+    Paper:
+        Elhoushi et al. 2024, "LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding", for drafts from
+        the target's own first layers; the recurrence is restpoint's.
     """
 
     def __init__(
         self,
         target: LayeredTarget,
         predictor: Predictor,
-        sampler: Sampler,
-        controller: Controller,
         vocabulary: Tensor | None = None,
+        *,
+        trees: bool = True,
+        name: str = "",
+        head: DraftHead | None = None,
     ):
         layered = target.layered
         if predictor.exit_layer >= layered.depth:
             raise RestpointError(
                 f"predictor: exit layer {predictor.exit_layer} is not below the model's {layered.depth} layers"
             )
-        if vocabulary is not None and not layered.head.direct:
-            raise RestpointError("vocabulary: this model's head cannot be cut to some tokens; leave it out")
+        self.name = name or predictor.name
         self.target = target
-        self.predictor = predictor.to(layered.device, layered.dtype)
-        self.sampler = sampler
-        self.controller = controller
-        self.vocabulary = None if vocabulary is None else vocabulary.to(layered.device)
-        self._computed = 0
-        self._rows = None if vocabulary is None else layered.head.rows(vocabulary)
-
-    def propose(self, path: TokenPath, room: int) -> Draft:
-        """See :meth:`Drafter.propose`; the controller decides, token by token."""
-        controller, layer = self.controller, self.predictor.exit_layer
-        room = min(room, controller.longest)
-        tokens: list[int] = []
-        laws: list[Tensor] = []
-        confidences: list[float] = []
-        exits: list[Tensor] = []
-        rest, reach = path.rest, 1.0
-        self._computed = 0
-        while len(tokens) <= room:
-            wanted = controller.another(len(tokens), reach, room)
-            if not wanted and (not tokens or layer == 0):
-                break
-            states = self._states(
-                tokens[-1] if tokens else path.pending, len(path.tokens) - 1 + len(tokens), len(tokens)
-            )
-            if layer > 0:
-                exits.append(states[-1])
-            if not wanted:
-                break
-            rest = self.predictor.predict([states[index] for index in self._reads], rest, len(tokens))
-            token, confidence, law = self._next(rest, path.tokens + tokens)
-            self._computed += 1
-            if math.isnan(confidence):  # processors left no token that may be drafted
-                break
-            reach = controller.include(len(tokens), reach, confidence, room)
-            if reach == 0.0:
-                break
-            confidences.append(confidence)
-            tokens.append(token if law is None else int(draw(law, self.sampler.uniforms(1)[0])))
-            if law is not None:
-                laws.append(law)
-        return Draft(
-            tokens,
-            torch.stack(laws) if laws else None,
-            confidences,
-            layer,
-            torch.cat(exits, 1) if exits else None,
+        self.head = head or DraftHead(layered, vocabulary)
+        self.dtype = self.head.dtype
+        self.predictor = predictor.to(layered.device, self.dtype)
+        self.trees = trees
+        self.walk = LayeredWalk(
+            layered, lambda: target.cache, stop=predictor.exit_layer, reads=predictor.state_layers, trees=trees
         )
+        self._rests: list[Tensor] = []
+        self._depths: list[int] = []
 
-    def observe(self, draft: Draft, accepted: int) -> None:
-        """See :meth:`Drafter.observe`."""
-        self.controller.observe(draft.confidences, accepted, self._computed)
+    def start(self, path: TokenPath) -> Float[Tensor, "1 vocab"]:
+        """See :meth:`SteppedDrafter.start`."""
+        self.walk.start(path.pending)
+        before = None if path.rest is None else path.rest.to(self.dtype)
+        rest = self.predictor.predict(self._newest(), before, 0)
+        self._rests, self._depths = [rest], [0]
+        return self.head.logits(rest)
 
-    @property
-    def _reads(self) -> tuple[int, ...]:
-        return self.predictor.state_layers
+    def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> Float[Tensor, "added vocab"]:
+        """See :meth:`SteppedDrafter.extend`."""
+        self.walk.extend(parents, tokens)
+        depth = self._depths[parents[0] + 1] + 1
+        known = self._rests[0] if len(self._rests) == 1 else torch.cat(self._rests, 1)
+        before = known[:, [parent + 1 for parent in parents]]
+        rest = self.predictor.predict(self._newest(), before, depth)
+        self._rests = [known, rest]
+        self._depths.extend([depth] * len(tokens))
+        return self.head.logits(rest)
 
-    def _states(self, token: int, position: int, offset: int) -> list[Tensor]:
-        """States of one new token at layers 0 .. E."""
-        layered = self.target.layered
-        ids = torch.tensor([[token]], device=layered.device)
-        if self.predictor.exit_layer == 0:
-            return [layered.embed(ids, position)]
-        plan = layered.plan(ids, self.target.cache, offset=offset)
-        states = [plan.hidden]
-        layered.run(plan, stop=self.predictor.exit_layer, keep=states)
-        return states
+    def exits(self) -> tuple[int, Tensor] | None:
+        """See :meth:`SteppedDrafter.exits`."""
+        layer = self.predictor.exit_layer
+        return (layer, self.walk.states(layer)) if layer else None
 
-    def _next(self, rest: Tensor, prefix: list[int]) -> tuple[int, float, Tensor | None]:
-        """The greedy token, its probability under the draft, and the draft's law where tokens are sampled."""
-        layered, sampler = self.target.layered, self.sampler
-        if self._rows is None:
-            logits = layered.logits(rest)[0]
-        else:
-            head = layered.head
-            logits = head.unembed(head.rest_state(rest), *self._rows)[0]
-        if sampler.greedy and not sampler.by_prefix:
-            confidence, best = torch.softmax(logits.float(), -1).max(-1)
-            token = best if self.vocabulary is None else self.vocabulary[best]
-            return int(token), float(confidence), None
-        if self.vocabulary is not None:
-            full = logits.new_full((1, layered.vocabulary_size), float("-inf"))
-            logits = full.index_copy_(1, self.vocabulary, logits)
-        law = sampler.law(logits, prefix)[0]
-        confidence, best = law.max(-1)
-        return int(best), float(confidence), None if sampler.greedy else law
+    def _newest(self) -> list[Tensor]:
+        return [self.walk.newest(layer).to(self.dtype) for layer in self.predictor.state_layers]

@@ -1,0 +1,80 @@
+"""One tree of all that drafters expect: the same token after the same tokens is one node."""
+
+from restpoint.decode.acceptance import Acceptance
+from restpoint.decode.draft import ROOT, Candidates
+
+
+class Trie:
+    """Candidates of several drafters, merged, with the probability that each node stands.
+
+    Attributes:
+        tokens: the token of each node.
+        parents: the node that each follows; ``ROOT`` (-1) is the pending token.
+        depths: 0 for a node that follows the pending token.
+        chances: probability that a node stands if its parent does: 1 - prod (1 - c) over what each drafter gives it.
+            (Drafters' errors are not independent, so this is too sure; it orders nodes better than the largest c does.)
+        reaches: probability that a node stands with all before it.
+        offers: for each node, who named it: index of the drafter and its confidence.
+        children: for the root and every node (entry node + 1): token to node.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self.chances: list[float] = []
+        self.reaches: list[float] = []
+        self.offers: list[list[tuple[int, float]]] = []
+        self.children: list[dict[int, int]] = [{}]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def depth_after(self, node: int) -> int:
+        """Depth of a node's children."""
+        return 0 if node == ROOT else self.depths[node] + 1
+
+    def reach(self, node: int) -> float:
+        """Probability that a node stands; 1 for the root."""
+        return 1.0 if node == ROOT else self.reaches[node]
+
+    def add(self, parent: int, token: int, drafter: int, confidence: float, chance: float) -> int:
+        """Add a node, or another drafter's word for it, and return it."""
+        siblings = self.children[parent + 1]
+        node = siblings.get(token)
+        if node is None:
+            node = siblings[token] = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.depths.append(self.depth_after(parent))
+            self.chances.append(chance)
+            self.reaches.append(self.reach(parent) * chance)
+            self.offers.append([(drafter, confidence)])
+            self.children.append({})
+        else:
+            self.offers[node].append((drafter, confidence))
+            self._raise(node, 1.0 - (1.0 - self.chances[node]) * (1.0 - chance))
+        return node
+
+    def merge(self, candidates: Candidates, drafter: int, acceptance: Acceptance) -> None:
+        """Add all candidates of a drafter."""
+        placed: list[int] = []
+        for token, parent, confidence in zip(
+            candidates.tokens, candidates.parents, candidates.confidences, strict=True
+        ):
+            above = ROOT if parent == ROOT else placed[parent]
+            chance = acceptance.of(self.depth_after(above), confidence)
+            placed.append(self.add(above, token, drafter, confidence, chance))
+
+    def covered(self, node: int) -> float:
+        """Probability, at most 1, that the token after a node is among its children."""
+        return min(1.0, sum((self.chances[child] for child in self.children[node + 1].values()), 0.0))
+
+    def _raise(self, node: int, chance: float) -> None:
+        """Give a node a higher chance; what lies below it is reached more often too."""
+        self.chances[node] = chance
+        waiting = [node]
+        while waiting:
+            raised = waiting.pop()
+            self.reaches[raised] = self.reach(self.parents[raised]) * self.chances[raised]
+            waiting.extend(self.children[raised + 1].values())

@@ -1,0 +1,1 @@
+"""Decoding inside Hugging Face's ``generate`` and its pipelines."""
