@@ -1,18 +1,19 @@
 """What a decode round spends outside the model: planning, verification, bookkeeping, Python.
 
 Two generations of the same tokens take turns. One runs as it is, for the seconds that `Round` says a round takes. The
-other runs with clocks around the layers (`LayeredModel.run`), the head (target's and draft's), the predictor and the
-plan; what its rounds take beyond these is the rest. Both come from one run, so that a machine that is faster at one
-time than at another does not show up as a part:
+other runs with clocks around the layers (`LayeredModel.run`), the head (target's and draft's), the predictor, the plan,
+what instant drafters name and learn, and the merging of it; what its rounds take beyond these is the rest. Both come
+from one run, so that a machine that is faster at one time than at another does not show up as a part:
 
-    rest  = seconds of a clocked round - layers - head - predictor - plan
-    share = (plan + rest) / seconds of a clocked round             what is not model work
+    rest  = seconds of a clocked round - layers - head - predictor - plan - drafters - trie
+    share = (plan + drafters + trie + rest) / seconds of a clocked round     what is not model work
 
 Numbers are medians over repetitions, per round; warm-up and the prompt's round are not counted. The clocks wait for the
 device, so on a GPU a clocked round takes longer than one as it is, where Python and the device overlap.
 
     python benchmarks/loop.py
     python benchmarks/loop.py MODEL --profile profile/ --new-tokens 256 --json loop.json
+    python benchmarks/loop.py --drafters lookup recycling ngrams --draft-tokens 8
 """
 
 import functools
@@ -34,10 +35,17 @@ import restpoint
 from restpoint import Decoder, LayeredModel, Profile, load
 from restpoint.bundled import PROFILE_PATH, prompts
 from restpoint.decode.costs import device_name
+from restpoint.decode.draft import InstantDrafter
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Round
+from restpoint.decode.sampling import Sampler
+from restpoint.decode.settings import SamplingSettings
+from restpoint.decode.target import LayeredTarget
+from restpoint.decode.trie import Trie
 from restpoint.model.head import Head
 
-_PARTS = ("layers", "head", "predictor", "plan")
+_MODEL_WORK = ("layers", "head", "predictor")
+_PARTS = (*_MODEL_WORK, "plan", "drafters", "trie")
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class Options:
     """Checkpoint folder, Hub name, or `reference`."""
     profile: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """A profile of this model; the bundled model has one already. Without one only plain decoding is measured."""
+    drafters: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Who drafts; with a profile lookup, recycling and predictor, if left out."""
+    draft_tokens: int | None = None
+    """Verify so many drafted tokens in every round; decided round by round if left out."""
     new_tokens: int = 128
     """Tokens of each generation."""
     repeats: int = 7
@@ -69,7 +81,7 @@ class Row:
     """One way of decoding; all times in milliseconds a round.
 
     Attributes:
-        decoding: plain, or the predictor that drafts.
+        decoding: plain, or who drafts.
         rounds: rounds of one generation, the prompt's not counted.
         tokens_per_round: tokens emitted by a round on average.
         round_ms: a whole round, without clocks.
@@ -78,8 +90,10 @@ class Row:
         head_ms: the head, likewise.
         predictor_ms: the predictor of rest states.
         plan_ms: preludes, masks, cache slots, embeddings.
+        drafters_ms: what instant drafters name and learn.
+        trie_ms: candidates merged, and the tree chosen.
         rest_ms: what is left.
-        share: of a clocked round that is plan and rest.
+        share: of a clocked round that is no model work.
     """
 
     decoding: str
@@ -91,6 +105,8 @@ class Row:
     head_ms: float
     predictor_ms: float
     plan_ms: float
+    drafters_ms: float
+    trie_ms: float
     rest_ms: float
     share: float
 
@@ -131,8 +147,12 @@ class Clocks:
             (Head, "rest_state", "head"),
             (Head, "unembed", "head"),
         ]
+        places += [(Trie, "merge", "trie"), (Fusion, "_choose", "trie")]
+        if decoder.drafting is not None:
+            places += [(kind, name, "drafters") for kind in _instant(decoder) for name in ("candidates", "learn")]
         if decoder.profile is not None:
-            places.append((type(decoder.profile.predictors[decoder.profile.chosen]), "predict", "predictor"))
+            kinds = {type(predictor) for predictor in decoder.profile.predictors.values()}
+            places += [(kind, "predict", "predictor") for kind in kinds]
         with ExitStack() as stack:
             for owner, name, part in places:
                 stack.enter_context(mock.patch.object(owner, name, self.clocked(part, getattr(owner, name))))
@@ -146,15 +166,22 @@ class Clocks:
         return time.perf_counter()
 
 
+def _instant(decoder: Decoder) -> list[type[InstantDrafter]]:
+    """The kinds of instant drafters that draft."""
+    assert decoder.drafting is not None
+    speculator = decoder.drafting.speculator(LayeredTarget(decoder.layered), Sampler(SamplingSettings()))
+    return [] if speculator is None else [type(one) for one in speculator.instant]
+
+
 def measure(decoder: Decoder, prompt: list[int], options: Options) -> Row:
     """Decode as it is and with clocks, in turn."""
     whole: list[float] = []
     parts: list[dict[str, float]] = []
     count = tokens = 0
     for repeat in range(options.repeats + 1):
-        rounds = _decode(decoder, prompt, options.new_tokens)
+        rounds = _decode(decoder, prompt, options)
         clocks = Clocks(decoder.layered.device)
-        clocked = _decode(decoder, prompt, options.new_tokens, clocks)
+        clocked = _decode(decoder, prompt, options, clocks)
         if [turn.tokens for turn in rounds] != [turn.tokens for turn in clocked]:
             raise RuntimeError("the two generations took different rounds, so their times cannot be compared")
         count, tokens = len(rounds), sum(len(turn.tokens) for turn in rounds)
@@ -165,13 +192,13 @@ def measure(decoder: Decoder, prompt: list[int], options: Options) -> Row:
             outside = {
                 "clocked": total,
                 "rest": total - inside,
-                "share": (total - inside + clocks.seconds["plan"]) / total,
+                "share": 1 - sum(clocks.seconds[part] for part in _MODEL_WORK) / total,
             }
             parts.append(clocks.seconds | outside)
     median = {name: statistics.median(one[name] for one in parts) for name in parts[0]}
     times = {f"{name}_ms": 1000 * value / count for name, value in median.items() if name != "share"}
     return Row(
-        decoding="plain" if decoder.profile is None else decoder.profile.chosen,
+        decoding="plain" if decoder.drafting is None else " ".join(decoder.drafting.names),
         rounds=count,
         tokens_per_round=tokens / count,
         round_ms=1000 * statistics.median(whole),
@@ -184,9 +211,10 @@ def _seconds(rounds: list[Round]) -> float:
     return sum(turn.draft_seconds + turn.verify_seconds for turn in rounds)
 
 
-def _decode(decoder: Decoder, prompt: list[int], new_tokens: int, clocks: Clocks | None = None) -> list[Round]:
+def _decode(decoder: Decoder, prompt: list[int], options: Options, clocks: Clocks | None = None) -> list[Round]:
     """Rounds after the prompt's; with clocks, these are attached once the prompt is read."""
-    pieces = decoder.stream(prompt, max_tokens=new_tokens, ignore_end=True)
+    asked = options.draft_tokens if decoder.drafting is not None else None
+    pieces = decoder.stream(prompt, max_tokens=options.new_tokens, ignore_end=True, draft_tokens=asked)
     next(pieces)
     if clocks is None:
         return [piece.round for piece in pieces]
@@ -201,8 +229,9 @@ def main(options: Options) -> None:
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     folder = options.profile or (PROFILE_PATH if options.model == "reference" and PROFILE_PATH.is_dir() else None)
     decoders = [Decoder(loaded)]
-    if folder is not None:
-        decoders.append(Decoder(loaded, Profile.load(folder)))
+    if folder is not None or options.drafters:
+        profile = None if folder is None else Profile.load(folder)
+        decoders.append(Decoder(loaded, profile, options.drafters or None))
     prompt = prompts(options.domain)[0]
     seen = {
         "model": loaded.name,
@@ -219,10 +248,10 @@ def main(options: Options) -> None:
     print(", ".join(f"{key} {value}" for key, value in seen.items()))
     rows = [measure(decoder, decoder.encode(prompt.text), options) for decoder in decoders]
     names = ("round", "clocked", *_PARTS, "rest")
-    print(f"{'decoding':24} {'tokens/round':>12} " + " ".join(f"{name + ' ms':>12}" for name in names) + "  share")
+    print(f"{'decoding':36} {'tokens/round':>12} " + " ".join(f"{name + ' ms':>12}" for name in names) + "  share")
     for row in rows:
         times = " ".join(f"{getattr(row, f'{name}_ms'):12.3f}" for name in names)
-        print(f"{row.decoding:24} {row.tokens_per_round:12.2f} {times} {row.share:6.1%}")
+        print(f"{row.decoding:36} {row.tokens_per_round:12.2f} {times} {row.share:6.1%}")
     if options.json is not None:
         content = {"conditions": seen, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

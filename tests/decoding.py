@@ -38,7 +38,7 @@ _CHEAP = (0.01, 0.01)
 def costs(node: float = 0.05, level: tuple[float, float] = _CHEAP, largest: int = 24) -> Costs:
     """A pass takes 1 second and so much more for each drafted node; each level of any stepped drafter its own."""
     verify = tuple(1 + node * count for count in range(largest + 1))
-    return Costs("here", "float32", verify, {name: level for name in (*EXITS, "scripted")})
+    return Costs("here", "float32", verify, dict.fromkeys((*EXITS, "scripted"), level))
 
 
 def predictor(layered: LayeredModel, exit_layer: int) -> Predictor:

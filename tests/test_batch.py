@@ -32,7 +32,9 @@ def tiny(family: str = "llama") -> Loaded:
     return Loaded("tiny", build(family), PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2"))
 
 
-@pytest.mark.parametrize("drafters", [(), ("lookup",), INSTANT, ("recycling", "exit 0")], ids=lambda names: " ".join(names) or "plain")
+@pytest.mark.parametrize(
+    "drafters", [(), ("lookup",), INSTANT, ("recycling", "exit 0")], ids=lambda names: " ".join(names) or "plain"
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "falcon_alibi", "mpt"])
 def test_every_row_is_what_it_is_alone(family: str, drafters: tuple[str, ...]) -> None:
     """Prompts and texts of different lengths, some with drafters and some without, against transformers."""
@@ -115,7 +117,10 @@ def test_a_row_that_ends_leaves_the_batch() -> None:
     expected = [native(model, prompt, 24) for prompt in PROMPTS]
     end = next(token for token in expected[0] if token not in expected[3] + expected[4])
     place = expected[0].index(end)
-    texts = [Text(prompt, greedy(), Stopping(24, frozenset([end]) if row == 0 else frozenset())) for row, prompt in enumerate(PROMPTS)]
+    texts = [
+        Text(prompt, greedy(), Stopping(24, frozenset([end]) if row == 0 else frozenset()))
+        for row, prompt in enumerate(PROMPTS)
+    ]
     found: list[list[int]] = [[] for _ in texts]
     sizes = []
     for rounds in decode_batch(target, texts):
@@ -175,7 +180,9 @@ def test_generated_batches_are_generated_texts(family: str, drafters: tuple[str,
 def test_a_stop_string_ends_its_own_row_only() -> None:
     decoder = Decoder(tiny())
     whole = decoder.generate_batch(WORDS, max_tokens=20, ignore_end=True)
-    stop = next(word for word in whole[0].text.split()[3:] if not any(f"{word} " in f"{one.text} " for one in whole[1:]))
+    stop = next(
+        word for word in whole[0].text.split()[3:] if not any(f"{word} " in f"{one.text} " for one in whole[1:])
+    )
     found = decoder.generate_batch(WORDS, max_tokens=20, stop=[f"{stop}"], ignore_end=True)
     assert found[0].finished == "stop"
     assert found[0].text == whole[0].text[: whole[0].text.index(stop)]
@@ -195,7 +202,11 @@ def test_families_without_ragged_rows_are_decoded_one_by_one(family: str, monkey
     for words, one in zip(WORDS, found, strict=True):
         ids = [int(word.removeprefix("w")) for word in words.split()]
         expected = decoder.loaded.model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=10, eos_token_id=None
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),
+            do_sample=False,
+            max_new_tokens=10,
+            eos_token_id=None,
         )
         assert one.tokens == expected[0, len(ids) :].tolist()
     with pytest.raises(RestpointError, match="prompts: there is none"):

@@ -28,7 +28,10 @@ from restpoint.decode.target import LayeredTarget, NativeTarget
 from restpoint.errors import RestpointError
 from restpoint.model.layered import LayeredModel
 
-FAMILIES = ["llama", "gpt2", "falcon_alibi", "mistral", "mpt", "gpt_neo"]
+FAMILIES = [
+    *("llama", "gpt2", "mistral", "mpt"),
+    *(pytest.param(family, marks=pytest.mark.slow) for family in ("falcon_alibi", "gpt_neo")),
+]
 TOGETHER = (*INSTANT, "exit 1")
 SIZES = [TreeSettings(), TreeSettings(fixed=1), TreeSettings(fixed=6, levels=3, width=2, children=3)]
 
@@ -37,7 +40,9 @@ def greedy(*processors: LogitsProcessor, **settings: float) -> Sampler:
     return Sampler(SamplingSettings(**settings), LogitsProcessorList(processors))
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in INSTANT), *((name,) for name in EXITS), TOGETHER], ids=" ".join)
+@pytest.mark.parametrize(
+    "names", [*((name,) for name in INSTANT), *((name,) for name in EXITS), TOGETHER], ids=" ".join
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_token_identical(family: str, names: tuple[str, ...]) -> None:
     """Chosen sizes, one node, and six nodes, as trees where the family can see them and as chains."""
@@ -145,7 +150,7 @@ class Small(LayeredTarget):
 @pytest.mark.parametrize("tree", [True, False], ids=["tree", "chain"])
 @pytest.mark.parametrize("names", [("recycling",), ("exit 0",), ("exit 2",)], ids=" ".join)
 def test_a_full_cache_grows_under_a_draft(names: tuple[str, ...], tree: bool) -> None:
-    """The cache holds three tokens beside the prompt, a draft more: it grows while the first layers have already run."""
+    """The cache holds three tokens beside the prompt, a draft more: it grows when first layers have already run."""
     model = build("llama")
     target, sampler = Small(LayeredModel(model)), greedy()
     settings = TreeSettings(fixed=9, levels=4, width=2, children=3, branching=tree)

@@ -38,9 +38,7 @@ def profile(reference):
     costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, {"lens@12": (0.01, 0.01)})
     predictor = replace(IdentityPredictor((12,)), name="lens@12")
     calibrations = {"lens@12": Calibrations(flat, flat)}
-    return Profile(
-        fingerprint(reference), "reference", "lens@12", {"lens@12": predictor}, calibrations, costs, None
-    )
+    return Profile(fingerprint(reference), "reference", "lens@12", {"lens@12": predictor}, calibrations, costs, None)
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +380,14 @@ def test_table_has_every_method_and_the_conditions(report):
     gone = replace(report.rows[-1], method="gone", status="not supported: it crashed")
     console.print(table(replace(report, rows=(*report.rows, gone))))
     text = console.export_text()
-    for words in [*METHODS, "maths", "average", "lookup, recycling, predictor", "8 new tokens", "gone: not supported: it crashed"]:
+    for words in [
+        *METHODS,
+        "maths",
+        "average",
+        "lookup, recycling, predictor",
+        "8 new tokens",
+        "gone: not supported: it crashed",
+    ]:
         assert words in text
 
 

@@ -1,4 +1,4 @@
-"""The tree of all drafters: what is merged, what is learnt, how much is drafted and verified, what is never left out."""
+"""The tree of all drafters: what is merged, what is learnt, how much is drafted and verified, what always is."""
 
 import random
 
@@ -174,7 +174,7 @@ CHEAP, DEAR = (0.05, (0.03, 0.03)), (0.2, (0.2, 0.1))
 
 
 def rounds_of(text: list[int], instant: list, stepped, settings: TreeSettings | None = None, prices=DEAR):
-    """Feed a speculator with the text, round by round, as verification of it would: yields (draft, nodes that stood)."""
+    """Feed a speculator with the text, round by round, as verification would: yields draft and nodes that stood."""
     speculator = Fusion(instant, stepped, sampler(), costs(*prices), None, settings)
     speculator.begin(text[:5])
     tokens = text[:6]
@@ -295,7 +295,9 @@ def drafts_of(first: int, settings: TreeSettings, way: str, measured=None) -> li
 
 
 @pytest.mark.parametrize("way", ["token-wise", "block", "recursive", "recursive-iid"])
-@pytest.mark.parametrize("settings", [TreeSettings(), TreeSettings(fixed=8, levels=2, width=2)], ids=["chosen", "fixed"])
+@pytest.mark.parametrize(
+    "settings", [TreeSettings(), TreeSettings(fixed=8, levels=2, width=2)], ids=["chosen", "fixed"]
+)
 def test_drawn_nodes_are_always_verified(way: str, settings: TreeSettings) -> None:
     """Whether a drawn node stands in the draft must not depend on what was drawn, nor whether one is drawn at all."""
     settings = TreeSettings(**{**vars(settings), "draws": 2, "children": 2})

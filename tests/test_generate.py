@@ -175,7 +175,7 @@ def test_drafters_by_name(reference: Loaded, plain: Decoder) -> None:
         assert found.statistics.drafted > 0
     with pytest.raises(RestpointError, match=r"'lokup' is unknown; did you mean lookup\?"):
         Decoder(reference, drafters=("lokup",))
-    with pytest.raises(RestpointError, match="predictor needs a profile|'predictor' is unknown"):
+    with pytest.raises(RestpointError, match="predictor needs a profile"):
         Decoder(reference, drafters=("predictor",))
     with pytest.raises(RestpointError, match="verifier='blok' is not known"):
         Decoder(reference, verifier="blok")
@@ -201,7 +201,8 @@ def test_every_verifier_samples(reference: Loaded, verifier: str) -> None:
     decoder = Decoder(reference, Profile.load(bundled.PROFILE_PATH), verifier=verifier)
     settings = SamplingSettings(temperature=0.7, top_p=0.9, seed=3)
     first, second = (
-        decoder.generate("def read(path):\n", settings, max_tokens=24, ignore_end=True, draft_tokens=5) for _ in range(2)
+        decoder.generate("def read(path):\n", settings, max_tokens=24, ignore_end=True, draft_tokens=5)
+        for _ in range(2)
     )
     assert first.tokens == second.tokens
     assert first.statistics.accepted > 0

@@ -24,7 +24,9 @@ SETTINGS = SamplingSettings(temperature=1.2, top_k=3)
 TEXT = [4, 2, 8, 6, 4, 2, 6, 8, 4, 2]
 """A prompt that repeats itself, so that tables and copies have something to say."""
 SAMPLES = 1500
-"""With 81 texts of four tokens and a level of 0.01 these notice, with probability 0.9, a total variation of 0.11."""
+LEVEL = 0.001
+"""With 81 texts of four tokens these notice, with probability 0.9, a total variation of 0.13; the level is low since
+there are twenty tests."""
 
 
 class Few(LogitsProcessor):
@@ -62,21 +64,21 @@ def g_test(counts: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float]) 
 
 
 def test_the_g_test_has_the_power_that_is_stated() -> None:
-    """A law that is wrong by a total variation of 0.11, towards or away from single texts, is noticed 9 times in 10."""
+    """A law that is wrong by a total variation of 0.13, towards or away from single texts, is noticed 9 times in 10."""
     generator = torch.Generator().manual_seed(5)
     law = torch.distributions.Dirichlet(torch.ones(81)).sample()
     right, noticed = 0, 0
     for _ in range(100):
         shift = torch.randn(81, generator=generator) * law
         shift -= law * shift.sum()
-        wrong = (law + shift * 0.22 / shift.abs().sum()).clamp_min(0)
+        wrong = (law + shift * 0.26 / shift.abs().sum()).clamp_min(0)
         for of in (law, wrong):
             drawn = torch.multinomial(of, SAMPLES, replacement=True, generator=generator).tolist()
             counts = Counter((cell,) for cell in drawn)
             p_value = g_test(counts, {(cell,): float(share) for cell, share in enumerate(law)})
-            right += of is law and p_value > 0.01
-            noticed += of is wrong and p_value <= 0.01
-    assert right >= 95
+            right += of is law and p_value > LEVEL
+            noticed += of is wrong and p_value <= LEVEL
+    assert right >= 98
     assert noticed >= 90
 
 
@@ -174,8 +176,8 @@ def test_sampled_texts_follow_the_models_law(names: tuple[str, ...], way: str, s
     p_value, drafted, drawn, accepted = sampled_law(names, VERIFIERS[way], settings)
     assert drafted > 1.5
     assert accepted > 0.3
-    assert drawn > 1 or "exit" not in names[0]
-    assert p_value > 0.01
+    assert drawn > 0.5 or "exit" not in names[0]
+    assert p_value > LEVEL
 
 
 @pytest.mark.slow
@@ -188,13 +190,12 @@ def test_chosen_sizes_keep_the_law(way: str) -> None:
     assert drafted > 0.5
     assert drawn > 0.2
     assert accepted > 0.2
-    assert p_value > 0.01
+    assert p_value > LEVEL
 
 
-@pytest.mark.parametrize(
-    ("way", "settings"), [("token-wise", TREE), pytest.param("recursive", TWICE, marks=slow)], ids=["one", "two"]
-)
-@pytest.mark.parametrize("penalty", [pytest.param(1.0, marks=slow), 1.4])
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "settings"), [("token-wise", TREE), ("recursive", TWICE)], ids=["one", "two"])
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_processors_with_their_own_prefix_keep_the_law(way: str, settings: TreeSettings, penalty: float) -> None:
     """A processor that forbids a path's last token, and a penalty on what the path holds, on trees."""
     sampling = SamplingSettings(temperature=1.2, top_k=3, repetition_penalty=penalty)
@@ -204,7 +205,7 @@ def test_processors_with_their_own_prefix_keep_the_law(way: str, settings: TreeS
     assert drafted > 1.5
     assert drawn > 1
     assert accepted > 0.3
-    assert p_value > 0.01
+    assert p_value > LEVEL
 
 
 @pytest.mark.slow
@@ -232,4 +233,4 @@ def test_sampled_blocks_of_the_bundled_model(reference) -> None:
         accepted += sum(turn.accepted for turn in rounds)
     assert accepted > 1000
     assert len(drawn) > 5000
-    assert g_test(counts, law) > 0.01
+    assert g_test(counts, law) > LEVEL

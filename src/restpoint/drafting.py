@@ -228,8 +228,9 @@ class Drafting:
         return self._costs(rows)
 
     def _costs(self, rows: int) -> Costs:
-        """What was measured."""
-        return Costs(device_name(self.layered.device), name_of(self.layered.dtype), self._verify[rows], self._draft)
+        """What was measured. Rows draft one after the other, and all wait for each."""
+        draft = {name: (first * rows, later * rows) for name, (first, later) in self._draft.items()}
+        return Costs(device_name(self.layered.device), name_of(self.layered.dtype), self._verify[rows], draft)
 
 
 def _ways(drafter: SteppedDrafter) -> Sequence[SteppedDrafter]:

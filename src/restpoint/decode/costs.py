@@ -14,6 +14,7 @@ from scipy.optimize import isotonic_regression
 
 from restpoint.decode.draft import ROOT, Draft, SteppedDrafter, TokenPath
 from restpoint.decode.target import NO_DRAFT, LayeredTarget
+from restpoint.model.load import context_length
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 65)
@@ -64,8 +65,9 @@ def measure_passes(target: LayeredTarget, context: int = 128, repeats: int = 9, 
         rows: texts in the batch; each has that many tokens.
     """
     token = 1 % target.layered.vocabulary_size
-    target.prefill([[token] * context] * rows)
-    sizes = target.widths or _SIZES
+    limit = context_length(target.layered.model) or context + _SIZES[-1]
+    sizes = target.widths or tuple(size for size in _SIZES if size < limit)
+    target.prefill([[token] * min(context, limit - sizes[-1])] * rows)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(repeats + 1):
         for size, samples in seconds.items():
@@ -95,6 +97,8 @@ def measure_drafts(
     """
     layered = target.layered
     token = 1 % layered.vocabulary_size
+    limit = context_length(layered.model) or context + _LEVELS + 2
+    context = min(context, limit - _LEVELS - 2)
     target.prefill([[token] * context])
     rest = torch.zeros(1, 1, layered.hidden_size, dtype=layered.dtype, device=layered.device)
     path = TokenPath([token] * (context + 1), rest)

@@ -87,9 +87,11 @@ class Restpoint(Method):
 
     counts = True
 
-    def __init__(self, name: str, decoder: Decoder, temperature: float = 0.0):
+    def __init__(self, name: str, decoder: Decoder, temperature: float = 0.0, draft_tokens: int | None = None):
         self.name = name
         self.decoder = decoder
+        self.draft_tokens = draft_tokens
+        self.settings = ", ".join(decoder.drafting.names) if decoder.drafting is not None else ""
         self.sampling = SamplingSettings(temperature=temperature)
 
     def run(self, prompt_ids: list[int], new_tokens: int, seed: int = 0) -> Run:
@@ -99,7 +101,9 @@ class Restpoint(Method):
         rounds = []
         synchronize(device)
         began = first = time.perf_counter()
-        for piece in self.decoder.stream(prompt_ids, sampling, max_tokens=new_tokens, ignore_end=True):
+        for piece in self.decoder.stream(
+            prompt_ids, sampling, max_tokens=new_tokens, ignore_end=True, draft_tokens=self.draft_tokens
+        ):
             if not rounds:
                 synchronize(device)
                 first = time.perf_counter()

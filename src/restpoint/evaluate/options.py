@@ -31,6 +31,14 @@ class BenchOptions:
     """Timed runs of each method on each prompt (3; quick: 2)."""
     domains: Domains = DOMAINS
     """Kinds of text to continue: code, maths, prose, plays."""
+    compile: Flag = False
+    """Measure compiled passes too, plain and with drafts; compiling takes a minute or so the first time."""
+    alone: Flag = False
+    """Measure every drafter by itself too, and those that can remember other texts cold and warm."""
+    fixed: Annotated[tuple[int, ...], arg(metavar="NODES ...", help_behavior_hint="")] = ()
+    """Measure trees of fixed sizes too, to hold the choice round by round against them."""
+    verifier: str = "traversal"
+    """How drafts are verified when tokens are sampled."""
     temperature: float = 0.0
     """Sample at this temperature instead of decoding greedily; identical tokens are then not claimed."""
     budget_seconds: Seconds = None
@@ -45,6 +53,8 @@ class BenchOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RestpointError(f"{name} is {value}; it must be at least {least}")
+        if any(nodes < 1 for nodes in self.fixed):
+            raise RestpointError(f"fixed is {self.fixed}; each tree must have at least 1 node")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise RestpointError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
         if self.budget_seconds is not None and not self.budget_seconds > 0:
@@ -65,6 +75,10 @@ class BenchOptions:
             prompts=self.prompts or prompts,
             repetitions=self.repetitions or repetitions,
             domains=self.domains,
+            compile=self.compile,
+            alone=self.alone,
+            fixed=self.fixed,
+            verifier=self.verifier,
             temperature=self.temperature,
             budget_seconds=self.budget_seconds or (_QUICK_SECONDS if self.quick else None),
             seed=self.seed,

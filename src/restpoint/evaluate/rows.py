@@ -1,6 +1,7 @@
 """What a benchmark reports: one row for each method and domain, and the conditions that they hold under."""
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ class Row:
         ratio_to_plain: geometric mean over prompts of paired ratios to restpoint's own plain decoding.
         ratio_low: lower end of its 95% interval; None with fewer than three prompts.
         ratio_high: upper end, likewise.
+        slowest_quarter: the same ratio over the quarter of the prompts on which it is smallest.
         tokens_per_pass: tokens after the first pass over passes of the full model; 1 for plain decoding.
         layers_per_token: layers run after the first pass, drafts included, over these tokens.
         identical: share of runs that gave the plain tokens; None when sampling.
@@ -67,6 +69,7 @@ class Row:
     ratio_to_plain: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
+    slowest_quarter: float | None = None
     tokens_per_pass: float | None = None
     layers_per_token: float | None = None
     identical: float | None = None
@@ -172,9 +175,15 @@ def _row(
         ratio_to_plain=ratio.value,
         ratio_low=ratio.low,
         ratio_high=ratio.high,
+        slowest_quarter=_slowest_quarter(rates, baseline),
         tokens_per_pass=decoded / passes if passes else None,
         layers_per_token=layers / decoded if decoded and layers else None,
         identical=sum(record.identical[prompt] for prompt in prompts) / len(runs) if greedy else None,
         divergences=tuple(record.divergences[prompt] for prompt in prompts if prompt in record.divergences),
         prefill_seconds=statistics.median(run.prefill_seconds for run in runs),
     )
+
+
+def _slowest_quarter(rates: Mapping[str, Sequence[float]], baseline: Mapping[str, Sequence[float]]) -> float:
+    ratios = sorted(statistics.median(own) / statistics.median(baseline[prompt]) for prompt, own in rates.items())
+    return statistics.geometric_mean(ratios[: math.ceil(len(ratios) / 4)])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from restpoint import bundled
+from restpoint.decode.drafters.tables import TABLES
+from restpoint.drafting import HEADS, PREDICTOR
 from restpoint.errors import RestpointError
 from restpoint.evaluate.baselines import EarlyExit, HuggingFace, PromptLookup
 from restpoint.evaluate.conditions import conditions
@@ -16,13 +18,17 @@ from restpoint.evaluate.methods import Method, Restpoint, Unsupported
 from restpoint.evaluate.options import BenchOptions
 from restpoint.evaluate.rows import BenchReport, Divergence, Record, rows_of
 from restpoint.generate import Decoder
+from restpoint.model.compiled import CompiledModel
+from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
 from restpoint.profile import Profile
 
-__all__ = ["PLAIN", "RESTPOINT", "BenchOptions", "BenchReport", "bench"]
+__all__ = ["COMPILED", "COMPILED_PLAIN", "PLAIN", "RESTPOINT", "BenchOptions", "BenchReport", "bench"]
 
 PLAIN = "restpoint plain"
 RESTPOINT = "restpoint"
+COMPILED_PLAIN = "compiled plain"
+COMPILED = "compiled"
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done and how much there is."""
@@ -71,20 +77,16 @@ def bench(
         EarlyExit(loaded, options.temperature),
         PromptLookup(loaded, options.temperature),
     ]
-    records = {method.name: Record(method.name) for method in methods}
     notes = list(plain.notes)
+    missing: list[Record] = []
     if profile is None:
         reason = "not run: no profile given; make one with `restpoint fit` and give --profile"
-        records[RESTPOINT] = Record(RESTPOINT, status=reason)
-    else:
-        drafting = Decoder(loaded, profile)
-        notes = list(drafting.notes)
-        methods.append(Restpoint(RESTPOINT, drafting, options.temperature))
-        records[RESTPOINT] = Record(RESTPOINT, settings=_drafts_by(drafting))
-        for name in () if options.quick or drafting.drafting is None else drafting.drafting.names:
-            alone = Decoder(loaded, profile, (name,))
-            methods.append(Restpoint(f"{RESTPOINT} {name} only", alone, options.temperature))
-            records[methods[-1].name] = Record(methods[-1].name)
+        missing.append(Record(RESTPOINT, status=reason))
+    for name, decoder, draft_tokens in _contestants(loaded, profile, options, report):
+        methods.append(Restpoint(name, decoder, options.temperature, draft_tokens))
+        notes.extend(note for note in decoder.notes if note not in notes)
+    records = {method.name: Record(method.name, settings=method.settings) for method in methods}
+    records |= {record.method: record for record in missing}
     _prepare(methods, records, prompts[0][0], options, report)
     laps = _run(methods, records, prompts, options, began, report)
     if options.temperature == 0:
@@ -98,6 +100,35 @@ def bench(
         row for record in records.values() for row in rows_of(record, records[PLAIN], ran, dtype, greedy, options.seed)
     ]
     return BenchReport(conditions(plain, options, laps, len(prompts), notes), tuple(rows))
+
+
+def _contestants(
+    loaded: Loaded, profile: Profile | None, options: BenchOptions, report: Progress
+) -> Iterator[tuple[str, Decoder, int | None]]:
+    """Our own ways to decode beside plain: name, decoder, and how many tokens it drafts if that is fixed."""
+    compiled = None
+    if options.compile:
+        compiled = CompiledModel(LayeredModel(loaded.model), progress=report)
+        compiled.warm_up()
+        yield COMPILED_PLAIN, Decoder(loaded, compile=compiled), None
+    if profile is None:
+        return
+    drafting = Decoder(loaded, profile, verifier=options.verifier)
+    yield RESTPOINT, drafting, None
+    if compiled is not None:
+        yield COMPILED, Decoder(loaded, profile, verifier=options.verifier, compile=compiled), None
+    if drafting.drafting is None:
+        return
+    if options.alone:
+        yield f"{RESTPOINT} warm", Decoder(loaded, profile, verifier=options.verifier, share=True), None
+        heads = (HEADS,) if profile.heads is not None else ()
+        for name in (*TABLES, *heads, PREDICTOR):
+            yield f"{name} alone", Decoder(loaded, profile, (name,), verifier=options.verifier), None
+            if name in TABLES and TABLES[name].memory(1) is not None:
+                warm = Decoder(loaded, profile, (name,), verifier=options.verifier, share=True)
+                yield f"{name} alone, warm", warm, None
+    for nodes in options.fixed:
+        yield f"{RESTPOINT}, always {nodes}", drafting, nodes
 
 
 def _prompts(decoder: Decoder, options: BenchOptions) -> list[list[_Prompt]]:
@@ -132,7 +163,7 @@ def _prepare(
         report(f"warm up {method.name}", done, len(methods))
         with _noted(records[method.name]):
             method.prepare(prompt.ids, min(options.new_tokens or 0, 32))
-        records[method.name].settings = records[method.name].settings or method.settings
+        records[method.name].settings = method.settings
     report("warm up", len(methods), len(methods))
 
 
@@ -171,10 +202,6 @@ def _run_one(method: Method, record: Record, prompt: _Prompt, options: BenchOpti
         record.runs.setdefault(prompt.id, []).append(run)
         if repetition == 0:
             record.counted[prompt.id] = run if method.counts else method.count(prompt.ids, len(run.tokens), seed)
-
-
-def _drafts_by(decoder: Decoder) -> str:
-    return "decodes plainly" if decoder.drafting is None else ", ".join(decoder.drafting.names)
 
 
 @contextmanager

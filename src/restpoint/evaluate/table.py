@@ -45,6 +45,10 @@ def _lines(report: BenchReport) -> Iterator[str]:
     settings = dict.fromkeys((row.method, row.settings) for row in report.rows if row.settings)
     if settings:
         yield "chosen in the warm-up or by the profile: " + "; ".join(f"{name}: {what}" for name, what in settings)
+    slowest = [row for row in report.rows if row.domain == AVERAGE and row.slowest_quarter is not None]
+    if slowest:
+        quarters = "; ".join(f"{row.method} {row.slowest_quarter:.2f}" for row in slowest)
+        yield f"times plain on the slowest quarter of the prompts: {quarters}"
     for row in report.rows:
         for gap in row.divergences if row.domain == AVERAGE else ():
             yield f"{row.method} leaves the plain text of {gap.prompt} at token {gap.index}, margin {gap.margin:.2g}"

@@ -15,6 +15,7 @@ from restpoint.transport.variation import acceptance
 
 _CHILDREN = 8
 _ROOM = 8
+_SEQUENCES = 24
 
 
 class CostMeter:
@@ -53,34 +54,43 @@ def measure_instant(recorded: Recording, drafter: InstantDrafter) -> Calibration
     were verified is missing.
     """
     counters = {kind: AcceptanceCounter(drafter.edges) for kind in ("greedy", "sampled")}
+    read = dict.fromkeys(counters, 0)
     for index, tokens in recorded.held_out_tokens():
         own = recorded.own(index)
         kinds = [own] if own else [] if recorded.has_own_text else list(counters)
-        start = recorded.prompt_length
+        kinds = [kind for kind in kinds if read[kind] < _SEQUENCES]
         if not kinds:
             continue
-        rests = recorded.rests(index)
-        logits = recorded.layered.logits(rests[None])[0]
-        drafter.begin(tokens[:start])
-        for length in range(start, len(tokens)):
-            path = TokenPath(tokens[:length], rests[None, length - 2 : length - 1])
-            candidates = drafter.candidates(path, min(_ROOM, len(tokens) - length))
-            truth = {ROOT: length}  # for every candidate that stands, the place of the token after it
-            found: tuple[list[float], list[float]] = [], []
-            stood: tuple[list[float], list[float]] = [], []
-            for node, (token, parent) in enumerate(zip(candidates.tokens, candidates.parents, strict=True)):
-                if (place := truth.get(parent)) is None or place >= len(tokens):
-                    continue
-                kind = int(parent != ROOT)
-                found[kind].append(candidates.confidences[node])
-                stood[kind].append(float(tokens[place] == token))
-                if tokens[place] == token:
-                    truth[node] = place + 1
-            for kind in kinds:
-                for step in (0, 1):
-                    counters[kind].add(step, torch.tensor(found[step]), torch.tensor(stood[step]))
-            drafter.learn(path, Verified(NO_DRAFT, logits[length - 1 : length], (), tokens[length]))
+        outcomes = _outcomes(drafter, tokens, recorded.rests(index), recorded)
+        for kind in kinds:
+            read[kind] += 1
+            for step, (confidences, stood) in enumerate(outcomes):
+                counters[kind].add(step, torch.tensor(confidences), torch.tensor(stood))
     return Calibrations(counters["greedy"].calibration(), counters["sampled"].calibration())
+
+
+def _outcomes(
+    drafter: InstantDrafter, tokens: list[int], rests: Tensor, recorded: Recording
+) -> list[tuple[list[float], list[float]]]:
+    """Confidences, and whether the token stood, of first and of later candidates whose parent stood."""
+    outcomes: list[tuple[list[float], list[float]]] = [([], []), ([], [])]
+    logits = recorded.layered.logits(rests[None])[0]
+    start = recorded.prompt_length
+    drafter.begin(tokens[:start])
+    for length in range(start, len(tokens)):
+        path = TokenPath(tokens[:length], rests[None, length - 2 : length - 1])
+        candidates = drafter.candidates(path, min(_ROOM, len(tokens) - length))
+        places = {ROOT: length}  # for every candidate that stands, the place of the token after it
+        for node, (token, parent) in enumerate(zip(candidates.tokens, candidates.parents, strict=True)):
+            if (place := places.get(parent)) is None or place >= len(tokens):
+                continue
+            confidences, stood = outcomes[parent != ROOT]
+            confidences.append(candidates.confidences[node])
+            stood.append(float(tokens[place] == token))
+            if tokens[place] == token:
+                places[node] = place + 1
+        drafter.learn(path, Verified(NO_DRAFT, logits[length - 1 : length], (), tokens[length]))
+    return outcomes
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Fit a profile: record states once, solve for predictors, see how their drafts stand, measure, choose."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
 from restpoint.profile import Calibrations, Measured, Profile, fingerprint
 
+_ALIKE = 0.97
 _SCORED = 16
 """Held-out sequences that ridge strengths are compared on."""
 
@@ -92,7 +93,7 @@ def fit_profile(
     for drafter in instant:
         calibrations[drafter.name] = measure_instant(recorded, drafter)
     report("measure", len(predictors) + 1, len(predictors) + 1)
-    rows.sort(key=lambda row: (-round(row.expected_speed or 0, 2), -row.acceptance))
+    rows = _ranked(rows)
     profile = Profile(
         fingerprint=fingerprint(loaded),
         model=loaded.name,
@@ -176,3 +177,9 @@ def _solve_heads(recorded: Recording, options: FitOptions, report: Progress) -> 
     )
     report("solve heads", 1, 1)
     return solved.predictor
+
+
+def _ranked(rows: Sequence[Measured]) -> list[Measured]:
+    """Best first: of those whose expected speed is the highest within what times vary by, the most accepted."""
+    fastest = max(row.expected_speed or 0.0 for row in rows)
+    return sorted(rows, key=lambda row: ((row.expected_speed or 0.0) < _ALIKE * fastest, -row.acceptance))
