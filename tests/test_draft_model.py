@@ -9,9 +9,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from families import FAMILIES, VOCABULARY, build
 from restpoint.decode.draft import TokenPath
-from restpoint.decode.drafters.draft_model import ModelDrafter, fit_vocabulary, model_drafter, same_vocabulary
+from restpoint.decode.drafters.draft_model import ModelDrafter, draft_by_model, fit_vocabulary, same_vocabulary
 from restpoint.decode.drafters.reading import Reader, recent
 from restpoint.decode.drafters.reencoding import Reencoding, ReencodingDrafter, align
+from restpoint.decode.target import LayeredTarget
 from restpoint.errors import RestpointError
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
@@ -144,18 +145,20 @@ def test_vocabularies_decide_how_is_drafted() -> None:
     assert not same_vocabulary(first, second)
     models_ = {size: llama(size) for size in (300, 320, 290)}
     target = Loaded("big", models_[320].model, first)
-    assert isinstance(model_drafter(Loaded("small", models_[300].model, first), target, models_[320]), ModelDrafter)
+    decoded = LayeredTarget(models_[320])
+    small = Loaded("small", models_[300].model, first)
+    assert isinstance(draft_by_model(small, target)(decoded), ModelDrafter)
     other = Loaded("other", models_[290].model, second)
     with pytest.raises(RestpointError, match=r"'other' has another vocabulary .* give .* or reencode=True"):
-        model_drafter(other, target, models_[320])
-    assert isinstance(model_drafter(other, target, models_[320], reencode=True), ReencodingDrafter)
+        draft_by_model(other, target)
+    assert isinstance(draft_by_model(other, target, reencode=True)(decoded), ReencodingDrafter)
 
 
 def test_a_model_that_cannot_roll_back_is_refused() -> None:
     tokenizer = byte_tokenizer(TEXTS, 280)
     layered = llama(280)
     with pytest.raises(RestpointError, match="cannot take back"):
-        model_drafter(Loaded("state", build("mamba"), tokenizer), Loaded("big", layered.model, tokenizer), layered)
+        draft_by_model(Loaded("state", build("mamba"), tokenizer), Loaded("big", layered.model, tokenizer))
 
 
 def test_aligned_tokens_spell_what_was_written() -> None:

@@ -26,9 +26,10 @@ from restpoint.profile import Calibrations, Profile, fingerprint
 
 METHODS = [
     *("huggingface", PLAIN, "huggingface early exit", "huggingface lookup"),
-    *(RESTPOINT, f"{RESTPOINT} lookup only", f"{RESTPOINT} recycling only", f"{RESTPOINT} predictor only"),
+    *(RESTPOINT, f"{RESTPOINT} warm", "lookup alone", "recycling alone", "recycling alone, warm", "ngrams alone"),
+    *("ngrams alone, warm", "lookahead alone", "predictor alone", f"{RESTPOINT}, always 4"),
 ]
-SMALL = BenchOptions(new_tokens=8, prompts=1, repetitions=2, domains=("maths", "plays"))
+SMALL = BenchOptions(new_tokens=8, prompts=1, repetitions=2, domains=("maths", "plays"), alone=True, fixed=(4,))
 
 
 @pytest.fixture(scope="module")

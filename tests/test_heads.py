@@ -14,6 +14,7 @@ from drafts import check_tree
 from families import build
 from restpoint.decode.draft import ROOT, Candidates, TokenPath
 from restpoint.decode.drafters.heads import HeadsDrafter, HeadsSettings, best_first
+from restpoint.decode.drafters.precision import draft_dtype
 from restpoint.equilibrium import (
     AffineMap,
     Chunk,
@@ -269,6 +270,7 @@ def test_candidates_are_the_best_tree_of_the_heads_own_laws(family: str) -> None
             check_tree(found, min(room, 4))
         rest = heads.predict([layered.embed(torch.tensor([[33]]), 2)[0]], path.rest[0])
         logits = layered.logits(rest)[0]
+        exact = draft_dtype(layered) == layered.dtype
         if vocabulary is not None:
             masked = torch.full_like(logits, float("-inf"))
             masked[:, allowed] = logits[:, allowed]
@@ -276,8 +278,8 @@ def test_candidates_are_the_best_tree_of_the_heads_own_laws(family: str) -> None
         laws = torch.softmax(logits, -1)
         depths = [len(text) - 1 for text in texts]
         expected = [float(laws[depth, token]) for depth, token in zip(depths, found.tokens, strict=True)]
-        assert found.confidences == pytest.approx(expected, rel=1e-4)
-        assert found.tokens[0] == int(laws[0].argmax())
+        assert found.confidences == pytest.approx(expected, rel=1e-4 if exact else 0.03)
+        assert laws[0, found.tokens[0]] >= laws[0].max() * (1 if exact else 0.97)
 
 
 def test_no_rest_state_no_draft() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from restpoint.decode.acceptance import Calibration
-from restpoint.decode.costs import Costs, device_name, measure_drafts, measure_passes, name_of
+from restpoint.decode.costs import Costs, device_name, measure_drafts, measure_passes, name_of, still_hold
 from restpoint.decode.draft import Drafter, InstantDrafter, SteppedDrafter
 from restpoint.decode.drafters.datastore import Datastore
 from restpoint.decode.drafters.dynamic_exit import DynamicExitDrafter
@@ -213,7 +213,8 @@ class Drafting:
         if rows not in self._verify:
             known = self.profile.costs if self.profile else None
             target = self._make_target() if rows == 1 else LayeredTarget(self.layered)
-            if known is not None and rows == 1 and not target.widths and (known.device, known.dtype) == here:
+            same = known is not None and rows == 1 and not target.widths and (known.device, known.dtype) == here
+            if known is not None and same and still_hold(target, known):
                 self._verify[rows] = known.verify
                 self._draft = {**known.draft, **self._draft}
             else:

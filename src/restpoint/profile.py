@@ -40,7 +40,8 @@ class Measured:
         own_acceptance: the same acceptance on held-out text of the model's own; None where there is none.
         own_top1: the same share on held-out text of the model's own.
         multiplications: multiply-adds for one drafted token, the head not counted.
-        expected_speed: expected rate over plain decoding at the measured costs, greedy; None where not measured.
+        expected_speed: expected rate of greedy chains over plain decoding at the measured costs, alone, perhaps below
+            1; None where not measured.
     """
 
     predictor: str

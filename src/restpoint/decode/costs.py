@@ -19,6 +19,9 @@ from restpoint.model.load import context_length
 _CPU_INFO = Path("/proc/cpuinfo")
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 65)
 _LEVELS = 3
+_LOOK = 8
+_LOOKS = 6
+_VARIES = 1.3
 _WIDTH = 4
 
 
@@ -79,6 +82,33 @@ def measure_passes(target: LayeredTarget, context: int = 128, repeats: int = 9, 
     if target.widths:
         return tuple(float(medians[bisect_left(sizes, size)]) for size in range(1, sizes[-1] + 1))
     return tuple(float(np.interp(size, sizes, medians)) for size in range(1, sizes[-1] + 1))
+
+
+@torch.inference_mode()
+def still_hold(target: LayeredTarget, costs: Costs, context: int = 128) -> bool:
+    """Whether passes of one and of eight tokens cost about what was measured once: a look, in a fraction of a second.
+
+    Another process on the machine, or threads that wait otherwise, change what a longer pass costs beside a short one.
+
+    Args:
+        target: the model; its cache is used up.
+        costs: measured on the same device in the same dtype.
+        context: number of tokens in the cache.
+    """
+    if costs.largest < _LOOK:
+        return True
+    token = 1 % target.layered.vocabulary_size
+    target.prefill([[token] * min(context, (context_length(target.layered.model) or context + _LOOK) - _LOOK)])
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_LOOKS):
+        for samples, size in zip(seconds, (1, _LOOK), strict=True):
+            draft = Draft.chain([token] * (size - 1))
+            samples.append(_timed(target.layered.device, lambda draft=draft: target.score([token], [draft])))
+    short, long = (min(samples) for samples in seconds)
+    for now, then in ((long / short, costs.verify[_LOOK - 1] / costs.verify[0]), (short, costs.verify[0])):
+        if not 1 / _VARIES <= now / then <= _VARIES:
+            return False
+    return True
 
 
 @torch.inference_mode()

@@ -160,8 +160,8 @@ def measure(
 
 
 def _chain_speed(first: float, later: float, draft: tuple[float, float], verify: tuple[float, ...]) -> float:
-    """Rate of the best chain length over plain decoding, by tokens (1 + sum of reaches) over seconds."""
-    tokens, reach, seconds, best = 1.0, 1.0, 0.0, 1.0
+    """Rate of the best chain of one token or more over plain decoding, by tokens (1 + sum of reaches) over seconds."""
+    tokens, reach, seconds, best = 1.0, 1.0, 0.0, 0.0
     for length in range(1, len(verify)):
         reach *= first if length == 1 else later
         tokens += reach
