@@ -1,5 +1,6 @@
 """The tree of all drafters: what is merged, what is learnt, how much is drafted and verified, what always is."""
 
+import math
 import random
 
 import pytest
@@ -92,6 +93,24 @@ def test_best_count_is_the_best_of_all(seed: int) -> None:
     else:
         assert found >= least
         assert gains[found] == pytest.approx(max(gains.values()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_siblings_exclude_each_other(seed: int) -> None:
+    """Exclusive reaches are those of trials in order of chance; siblings together never exceed their parent."""
+    draw = random.Random(seed)
+    trie = Trie()
+    for _ in range(80):
+        trie.add(draw.randrange(-1, len(trie)), draw.randrange(6), 0, 0.5, draw.random())
+    found = trie.exclusive_reaches()
+    for node, parent in enumerate(trie.parents):
+        above = 1.0 if parent == ROOT else found[parent]
+        siblings = list(trie.children[parent + 1].values())
+        likelier = [child for child in siblings if trie.chances[child] > trie.chances[node]]
+        assert found[node] == pytest.approx(
+            above * trie.chances[node] * math.prod(1 - trie.chances[child] for child in likelier)
+        )
+        assert sum(found[child] for child in siblings) <= above + 1e-12
 
 
 def test_the_rate_that_a_text_reaches_is_the_best_one() -> None:

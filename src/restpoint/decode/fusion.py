@@ -296,16 +296,17 @@ class Fusion(Speculator):
         bound = self._with_ancestors(
             [*first, *(child for drawn in self._round.drawn.values() for child in drawn.nodes)]
         )
+        reaches = trie.exclusive_reaches() if settings.branching else trie.reaches
         if settings.branching:
-            others = sorted(set(range(len(trie))) - bound, key=lambda node: (-trie.reaches[node], node))
+            others = sorted(set(range(len(trie))) - bound, key=lambda node: (-reaches[node], node))
         else:
             others = [node for node in self._best_chain(bound) if node not in bound]
         order = [*first, *sorted(bound - set(first)), *others]
         if settings.fixed is not None:
             count = max(min(settings.fixed, len(order), self.costs.largest), len(bound))
         else:
-            reaches = [trie.reaches[node] for node in order[: self._limit]]
-            count = best_count(reaches, self.costs.verify, self.pace.rate, len(bound))
+            chosen = [reaches[node] for node in order[: self._limit]]
+            count = best_count(chosen, self.costs.verify, self.pace.rate, len(bound))
         return self._draft(order[:count], exits)
 
     def _with_ancestors(self, nodes: Sequence[int]) -> set[int]:

@@ -70,6 +70,20 @@ class Trie:
         """Probability, at most 1, that the token after a node is among its children."""
         return min(1.0, sum((self.chances[child] for child in self.children[node + 1].values()), 0.0))
 
+    def exclusive_reaches(self) -> list[float]:
+        """Reaches in which siblings exclude each other: one stands only where none that is likelier does.
+
+        Chances are learnt for each drafter by itself, so they may sum to more than 1 over siblings. With c_1 >= c_2 ..
+        their chances, the i-th sibling stands with probability c_i (1 - c_1) .. (1 - c_{i-1}).
+        """
+        reaches = [0.0] * len(self.tokens)
+        for above, siblings in enumerate(self.children):  # a parent is numbered before its children
+            left = 1.0 if above == 0 else reaches[above - 1]
+            for node in sorted(siblings.values(), key=self.chances.__getitem__, reverse=True):
+                reaches[node] = left * self.chances[node]
+                left -= reaches[node]
+        return reaches
+
     def _raise(self, node: int, chance: float) -> None:
         """Give a node a higher chance; what lies below it is reached more often too."""
         self.chances[node] = chance
