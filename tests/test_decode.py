@@ -64,7 +64,8 @@ def test_greedy_is_token_identical(family: str, names: tuple[str, ...]) -> None:
                 assert max(turn.drafted for turn in rounds) <= settings.fixed
             assert branching or all(draft.is_chain for draft in seen.drafts)
             branched |= any(not draft.is_chain for draft in seen.drafts)
-    assert branched or not sees_trees(family) or names == ("lookup",)  # it finds no second continuation everywhere
+    copies = {("lookup",), ("lookahead",)}  # they find no second continuation everywhere
+    assert branched or not sees_trees(family) or names in copies
 
 
 class Watched(Scripted):

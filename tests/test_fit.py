@@ -289,9 +289,11 @@ def test_push_to_hub_uploads_a_profile_that_loads(
     assert (uploaded.calibrations, uploaded.costs) == (profile.calibrations, profile.costs)
 
 
-def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport]) -> None:
-    """The profile's own where device and dtype are the same, else measured: once, and for a batch anew."""
+def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profile's own where device and dtype are the same and they still hold, else measured: once, a batch anew."""
     profile = Profile.load(fitted[0])
+    holds = True
+    monkeypatch.setattr("restpoint.drafting.still_hold", lambda *_: holds)
 
     def costs_of(profile: Profile, rows: int = 1) -> tuple[Costs, Costs]:
         decoder = Decoder(tiny(), profile, (profile.chosen,))
@@ -302,6 +304,9 @@ def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport]) -> N
         return made[0].costs, made[1].costs
 
     assert costs_of(profile)[0] == profile.costs
+    holds = False
+    assert costs_of(profile)[0].verify != profile.costs.verify
+    holds = True
     moved = replace(profile, costs=replace(profile.costs, device="another machine"))
     once, again = costs_of(moved)
     assert once == again
