@@ -169,7 +169,7 @@ class Clocks:
 def _instant(decoder: Decoder) -> list[type[InstantDrafter]]:
     """The kinds of instant drafters that draft."""
     assert decoder.drafting is not None
-    speculator = decoder.drafting.speculator(LayeredTarget(decoder.layered), Sampler(SamplingSettings()))
+    (speculator,) = decoder.drafting.speculators(LayeredTarget(decoder.layered), [Sampler(SamplingSettings())])
     return [] if speculator is None else [type(one) for one in speculator.instant]
 
 

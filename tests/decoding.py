@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from families import REFUSED, VOCABULARY, build
+from restpoint.decode.control import Control
 from restpoint.decode.costs import Costs
 from restpoint.decode.draft import (
     ROOT,
@@ -66,12 +67,13 @@ def fused(
     verifier: Verifier | None = None,
     measured: Costs | None = None,
     trees: bool = True,
+    control: Control | None = None,
 ) -> Fusion:
     """The drafters with these names, at costs that make them draft."""
     vocabulary = target.layered.vocabulary_size
     instant = [TABLES[name].make(vocabulary, None) for name in names if name in TABLES]
     stepped = next((exit_drafter(target, name, trees) for name in names if name in EXITS), None)
-    return Fusion(instant, stepped, sampler, measured or costs(), None, settings, verifier)
+    return Fusion(instant, stepped, sampler, control or Control.alone(measured or costs()), None, settings, verifier)
 
 
 def sees_trees(family: str) -> bool:

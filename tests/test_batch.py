@@ -7,14 +7,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from decoding import INSTANT, Shrub, fused, model_and_target, native, together, tokens_of
+from decoding import INSTANT, Shrub, costs, fused, model_and_target, native, together, tokens_of
 from families import VOCABULARY, build
-from restpoint.decode.fusion import TreeSettings
+from restpoint.decode.control import Control, best_count
+from restpoint.decode.draft import TokenPath
+from restpoint.decode.fusion import Fusion, TreeSettings
 from restpoint.decode.loop import Stopping, Text, decode, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
+from restpoint.decode.target import _of_like_length
 from restpoint.errors import RestpointError
-from restpoint.generate import Decoder, Generation
+from restpoint.generate import Decoder
+from restpoint.generation import Generation
 from restpoint.model.load import Loaded
 
 PROMPTS = [[5, 17, 33, 60, 8], [9], [7, 3, 7, 3, 7, 3, 7, 3, 11, 12, 40], [5, 17, 33, 60, 8, 21], [88, 4]]
@@ -59,6 +63,98 @@ def test_every_row_is_what_it_is_alone(family: str, drafters: tuple[str, ...]) -
         assert len({len(rounds) for rounds in found}) > 2
         passes = max(len(rounds) for rounds in found)
         assert passes == max(LENGTHS) or drafters
+
+
+def test_rows_are_read_with_rows_of_like_length() -> None:
+    """One long prompt does not make padding of all others; states and texts are those of each row alone."""
+    lengths = [3, 90, 40, 5, 88, 2, 41, 60]
+    prompts = [[(7 * place + row) % VOCABULARY for place in range(length)] for row, length in enumerate(lengths)]
+    groups = _of_like_length(prompts)
+    assert [[lengths[row] for row in group] for group in groups] == [[90, 88, 60], [41, 40], [5, 3, 2]]
+    for family in ("llama", "gpt2", "mistral"):
+        model, target = model_and_target(family)
+        alone = [target.prefill([prompt])[0] for prompt in prompts]
+        target.layered.work.token_layers = 0
+        scored = target.prefill(prompts)
+        assert target.layered.work.token_layers == target.layered.depth * (3 * 90 + 2 * 41 + 3 * 5)
+        assert target.cache.lengths == lengths
+        for one, other in zip(alone, scored, strict=True):
+            torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one.rest, other.rest, rtol=1e-4, atol=1e-5)
+        found = together(target, [Text(prompt, greedy(), Stopping(20)) for prompt in prompts])
+        assert [tokens_of(rounds) for rounds in found] == [native(model, prompt, 20) for prompt in prompts]
+
+
+def test_rows_of_a_batch_draft_together() -> None:
+    """With one control for all rows: predictors are asked once for all rows, trees are at most as wide as one width."""
+    model, target = model_and_target("llama")
+    asked: list[int] = []
+    control = Control(lambda rows: costs(0.02 * rows), len(PROMPTS))
+    texts = []
+    for prompt, length in zip(PROMPTS, LENGTHS, strict=True):
+        sampler = greedy()
+        speculator = fused(target, sampler, ("lookup", "recycling", "exit 0"), control=control)
+        assert speculator.stepped is not None
+        speculator.stepped.predictor = texts[0].speculator.stepped.predictor if texts else speculator.stepped.predictor
+        predict = type(speculator.stepped.predictor).predict
+        texts.append(Text(prompt, sampler, Stopping(length), speculator))
+    first = texts[0].speculator.stepped.predictor
+
+    class Counted(type(first)):  # type: ignore[misc]
+        def predict(self, states, before=None, step=0):
+            asked.append(states[0].shape[1])
+            return predict(self, states, before, step)
+
+    object.__setattr__(first, "__class__", Counted)
+    found = together(target, texts)
+    assert [tokens_of(rounds) for rounds in found] == [
+        native(model, prompt, length) for prompt, length in zip(PROMPTS, LENGTHS, strict=True)
+    ]
+    assert max(asked) > 4  # more than the nodes of a level of one row
+    assert len(asked) < sum(len(rounds) for rounds in found) * 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_together_rows_draft_what_they_draft_alone(temperature: float) -> None:
+    """Levels of all rows at once give the trees that each row's own levels give, up to the common width."""
+    drafts: list[list[tuple[list[int], list[int]]]] = []
+    for share in (False, True):
+        _, target = model_and_target("llama")
+        control = Control.alone(costs(0.0))
+        paths, speculators = [], []
+        for row, prompt in enumerate(PROMPTS):
+            sampler = Sampler(SamplingSettings(temperature=temperature, seed=row))
+            settings = TreeSettings(fixed=9, levels=3, width=2, children=3)
+            own = control if share else Control.alone(costs(0.0))
+            speculator = fused(target, sampler, ("recycling", "exit 0"), settings, control=own)
+            speculator.begin(prompt)
+            speculators.append(speculator)
+            rest = torch.linspace(-1, 1 + row, target.layered.hidden_size)[None, None]
+            paths.append(TokenPath([*prompt, 7 + row], rest))
+        with torch.inference_mode():
+            if share:
+                made = Fusion.propose_together(speculators, paths, [20] * len(paths))
+            else:
+                made = [one.propose(path, 20) for one, path in zip(speculators, paths, strict=True)]
+        drafts.append([(list(draft.tokens), list(draft.parents)) for draft in made])
+    assert drafts[0] == drafts[1]
+    assert all(len(tokens) >= 9 for tokens, _ in drafts[0])
+
+
+def test_a_row_that_runs_ahead_does_not_widen_the_pass() -> None:
+    """The width is worth it for the rows that take longest; for one row it is the rule of a single text."""
+    long = [0.97**depth for depth in range(1, 25)]
+    short = [0.3, 0.1, 0.05]
+    control = Control(lambda rows: costs(0.05 * rows), 4)
+    even = control.width([long, short, short, short])
+    ahead = control.width([[0.2 * gain for gain in long], *[[1.2 * gain for gain in short]] * 3])
+    assert 0 < ahead < even
+    control.begin(1)
+    assert control.width([long]) == best_count(long, [1 + 0.05 * count for count in range(25)], 1.0)
+    control.begin(4)
+    for _ in range(40):
+        control.observe(10.0, 2)
+    assert control.width([long, short, short, short]) < even
 
 
 def test_random_trees_of_different_shapes_in_one_pass() -> None:

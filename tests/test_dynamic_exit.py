@@ -10,6 +10,7 @@ import torch
 from scipy.stats import chi2
 
 from families import VOCABULARY, build
+from restpoint.decode.control import Control
 from restpoint.decode.costs import Costs
 from restpoint.decode.draft import ROOT, Draft, TokenPath, Verified
 from restpoint.decode.drafters import exit as exit_module
@@ -67,7 +68,7 @@ def speculator(
     costs = costs or costs_of(candidates)
     drafter = DynamicExitDrafter(target, candidates, lambda: costs, torch.arange(0, VOCABULARY, 2))
     target.watcher = drafter.on_kept
-    return drafter, Fusion([], drafter, sampler, costs, settings=settings)
+    return drafter, Fusion([], drafter, sampler, Control.alone(costs), settings=settings)
 
 
 def tokens_of(rounds: Sequence[Round]) -> list[int]:
@@ -178,7 +179,7 @@ def all_tokens(
 ) -> tuple[DynamicExitDrafter, Fusion]:
     drafter = DynamicExitDrafter(target, candidates, lambda: costs)
     target.watcher = drafter.on_kept
-    return drafter, Fusion([], drafter, Sampler(GREEDY), costs)
+    return drafter, Fusion([], drafter, Sampler(GREEDY), Control.alone(costs))
 
 
 def test_it_settles_on_the_layer_after_which_nothing_happens() -> None:
@@ -278,7 +279,8 @@ def test_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("restpoint.drafting.measure_passes", lambda *_, rows: costs.verify)
     measured: list[str] = []
 
-    def measure(_target: LayeredTarget, drafter: ExitDrafter) -> tuple[float, float]:
+    def measure(_target: LayeredTarget, drafters: Sequence[ExitDrafter]) -> tuple[float, float]:
+        (drafter,) = drafters
         measured.append(drafter.name)
         return costs.draft[drafter.name]
 
@@ -287,10 +289,10 @@ def test_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, target = Sampler(GREEDY), LayeredTarget(layered)
     expected = tokens_of(list(decode(LayeredTarget(layered), PROMPT, sampler, Stopping(max_tokens=20))))
     for _ in range(2):
-        fusion = drafting.speculator(target, sampler)
+        (fusion,) = drafting.speculators(target, [sampler])
         assert tokens_of(list(decode(target, PROMPT, sampler, Stopping(max_tokens=20), fusion))) == expected
     assert measured == list(candidates)
-    assert drafting.speculator(target, sampler, rows=2) is None
+    assert drafting.speculators(target, [sampler] * 2) == [None, None]
     assert "does not draft for a batch" in drafting.notes[0]
     with pytest.raises(RestpointError, match="profile has 1"):
         Drafting(layered, can, replace(profile, predictors=dict(list(candidates.items())[:1])), [DYNAMIC_EXIT])

@@ -299,9 +299,9 @@ def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport], monk
         decoder = Decoder(tiny(), profile, (profile.chosen,))
         assert decoder.drafting is not None
         target = LayeredTarget(decoder.layered)
-        made = [decoder.drafting.speculator(target, Sampler(SamplingSettings()), rows=rows) for _ in range(2)]
+        made = [decoder.drafting.speculators(target, [Sampler(SamplingSettings())] * rows)[0] for _ in range(2)]
         assert None not in made
-        return made[0].costs, made[1].costs
+        return made[0].control.costs, made[1].control.costs
 
     assert costs_of(profile)[0] == profile.costs
     holds = False

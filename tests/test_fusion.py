@@ -9,7 +9,7 @@ import torch
 from decoding import PROMPT, Named, Stepped, costs, fused, model_and_target, tokens_of
 from families import VOCABULARY
 from restpoint.decode.acceptance import Acceptance, AcceptanceCounter, Calibration, Estimate
-from restpoint.decode.control import Pace, best_count
+from restpoint.decode.control import Control, Pace, best_count
 from restpoint.decode.draft import ROOT, Candidates, Draft, TokenPath, Verified
 from restpoint.decode.fusion import Fusion, TreeSettings
 from restpoint.decode.loop import Stopping, decode
@@ -120,7 +120,7 @@ def test_the_rate_that_a_text_reaches_is_the_best_one() -> None:
         reaches = [accept**depth for depth in range(1, 8)]
         tokens = [1 + sum(reaches[:count]) for count in range(8)]
         rates = [one / seconds for one, seconds in zip(tokens, verify, strict=True)]
-        pace = Pace.plain(1.0)
+        pace = Pace()
         assert pace.rate == 1.0
         for _ in range(300):
             count = best_count(reaches, verify, pace.rate)
@@ -194,7 +194,7 @@ CHEAP, DEAR = (0.05, (0.03, 0.03)), (0.2, (0.2, 0.1))
 
 def rounds_of(text: list[int], instant: list, stepped, settings: TreeSettings | None = None, prices=DEAR):
     """Feed a speculator with the text, round by round, as verification would: yields draft and nodes that stood."""
-    speculator = Fusion(instant, stepped, sampler(), costs(*prices), None, settings)
+    speculator = Fusion(instant, stepped, sampler(), Control.alone(costs(*prices)), None, settings)
     speculator.begin(text[:5])
     tokens = text[:6]
     while len(tokens) < len(text) - 1:

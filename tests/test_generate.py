@@ -100,10 +100,10 @@ def test_stop_strings_are_cut_exactly(fast: Decoder) -> None:
 def test_unfinished_characters_wait(plain: Decoder) -> None:
     """Bytes of one character that arrive in several tokens are shown once they are whole."""
     from restpoint.decode.loop import Round
-    from restpoint.generate import _Words
+    from restpoint.generation import Words
 
     ids = plain.loaded.tokenizer("é漢字😀 ok", add_special_tokens=False).input_ids
-    text = _Words(plain, ())
+    text = Words(plain.loaded.tokenizer, ())
     shown = [
         text.add(Round((token,), 0, 0, 0, 0.0, 0.0, "length" if i == len(ids) - 1 else ""))
         for i, token in enumerate(ids)

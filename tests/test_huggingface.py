@@ -49,7 +49,7 @@ def _costs() -> Iterator[None]:
     """Nothing is measured: it takes long, and tokens do not depend on it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafting, "measure_passes", lambda target, rows=1: costs().verify)
-        patch.setattr(drafting, "measure_drafts", lambda target, drafter: (0.1, 0.1))
+        patch.setattr(drafting, "measure_drafts", lambda target, drafters: (0.1, 0.1))
         yield
 
 

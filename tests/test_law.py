@@ -133,17 +133,16 @@ def sampled_law(
 
 
 def drawn_nodes(speculator: Fusion) -> list[int]:
-    """A list that collects the drawn nodes of every draft."""
+    """A list that collects the drawn nodes of every draft, as it is verified."""
     found: list[int] = []
-    propose = speculator.propose
+    observe = speculator.observe
 
-    def watched(path, room):
-        draft = propose(path, room)
-        for group in draft.drawn.values():
+    def watched(path, verified):
+        for group in verified.draft.drawn.values():
             found.extend(group.nodes)
-        return draft
+        observe(path, verified)
 
-    speculator.propose = watched  # type: ignore[method-assign]
+    speculator.observe = watched  # type: ignore[method-assign]
     return found
 
 
@@ -224,7 +223,7 @@ def test_sampled_blocks_of_the_bundled_model(reference) -> None:
     accepted = 0
     target = Rewound(decoder.layered)
     assert decoder.drafting is not None
-    speculator = decoder.drafting.speculator(target, sampler, 4)
+    speculator = decoder.drafting.speculators(target, [sampler], 4)[0]
     assert speculator is not None
     drawn = drawn_nodes(speculator)
     for _ in range(10_000):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from restpoint.evaluate.speed import bench
     from restpoint.fit.options import FitOptions
     from restpoint.fit.run import FitReport, fit_profile
-    from restpoint.generate import Decoder, Generation, Statistics
+    from restpoint.generate import Decoder
+    from restpoint.generation import Generation, Statistics
     from restpoint.huggingface.custom import generate_fn
     from restpoint.model.check import check
     from restpoint.model.layered import LayeredModel
@@ -59,13 +60,13 @@ _HOMES = {
     "Decoder": "generate",
     "FitOptions": "fit.options",
     "FitReport": "fit.run",
-    "Generation": "generate",
+    "Generation": "generation",
     "LayeredModel": "model.layered",
     "Loaded": "model.load",
     "Profile": "profile",
     "RestpointError": "errors",
     "SamplingSettings": "decode.settings",
-    "Statistics": "generate",
+    "Statistics": "generation",
     "bench": "evaluate.speed",
     "check": "model.check",
     "fit_profile": "fit.run",

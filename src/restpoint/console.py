@@ -17,7 +17,8 @@ from rich.text import Text
 if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.decode.loop import Round
     from restpoint.fit.run import FitReport
-    from restpoint.generate import Decoder, Piece
+    from restpoint.generate import Decoder
+    from restpoint.generation import Piece
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
 
@@ -88,7 +89,7 @@ def write_pieces(pieces: Iterable["Piece"]) -> list["Round"]:
 
 def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
     """What a generation cost, on standard error: the text alone is the output."""
-    from restpoint.generate import Statistics
+    from restpoint.generation import Statistics
 
     seen = Statistics.of(rounds)
     depth = decoder.layered.depth

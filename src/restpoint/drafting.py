@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from restpoint.decode.acceptance import Calibration
-from restpoint.decode.costs import Costs, device_name, measure_drafts, measure_passes, name_of, still_hold
+from restpoint.decode.control import Control
+from restpoint.decode.costs import Costs, between, device_name, measure_drafts, measure_passes, name_of, still_hold
 from restpoint.decode.draft import Drafter, InstantDrafter, SteppedDrafter
 from restpoint.decode.drafters.datastore import Datastore
 from restpoint.decode.drafters.dynamic_exit import DynamicExitDrafter
-from restpoint.decode.drafters.exit import ExitDrafter
+from restpoint.decode.drafters.exit import DraftHead, ExitDrafter
 from restpoint.decode.drafters.heads import HeadsDrafter
 from restpoint.decode.drafters.layer_skip import LayerSkipDrafter
 from restpoint.decode.drafters.retrieval import RetrievalDrafter
@@ -91,39 +92,48 @@ class Drafting:
             if predictor > 0 and not capabilities.resume.supported:
                 self.notes.append(f"{name} does not draft: from layer {predictor}: {capabilities.resume.reason}")
                 del self._makers[name]
-        self._verify: dict[int, tuple[float, ...]] = {}
-        self._draft: dict[str, tuple[float, float]] = {}
+        self._verify: dict[tuple[int, tuple[int, ...]], tuple[float, ...]] = {}  # by rows and widths of passes
+        self._draft: dict[tuple[str, int], tuple[float, float]] = {}  # by drafter and rows
 
     @property
     def names(self) -> tuple[str, ...]:
         """Who drafts."""
         return tuple(self._makers)
 
-    def speculator(
-        self, target: LayeredTarget, sampler: Sampler, draft_tokens: int | None = None, rows: int = 1
-    ) -> Fusion | None:
-        """Who drafts one text on one target; it learns as the text goes on. None where nobody does.
+    def speculators(
+        self, target: LayeredTarget, samplers: Sequence[Sampler], draft_tokens: int | None = None
+    ) -> Sequence[Fusion | None]:
+        """Who drafts for each text of a target's batch; they learn as their texts go on. None where nobody does.
 
         Args:
             target: where drafts are verified.
-            sampler: how the text's tokens are chosen.
+            samplers: how each text's tokens are chosen.
             draft_tokens: verify exactly so many drafted tokens in every round; None lets costs and chances decide.
-            rows: texts in the target's batch.
         """
+        rows = len(samplers)
+        crews = [self._crew(target, rows) for _ in samplers]
+        instant, stepped = crews[0]
+        if not (instant or stepped):
+            return [None] * rows
+        settings = self.settings if draft_tokens is None else replace(self.settings, fixed=draft_tokens)
+        self._measure(stepped, rows)
+        control = Control(lambda live: self._costs(live, rows), rows)
+        return [
+            Fusion(instant, stepped, sampler, control, self._known(sampler), settings, self.verifier)
+            for sampler, (instant, stepped) in zip(samplers, crews, strict=True)
+        ]
+
+    def _crew(self, target: LayeredTarget, rows: int) -> tuple[list[InstantDrafter], SteppedDrafter | None]:
+        """The drafters of one text."""
         drafters = [make(target) for make in self._makers.values()]
         instant = [one for one in drafters if isinstance(one, InstantDrafter)]
         stepped = [one for one in drafters if isinstance(one, SteppedDrafter)]
         if len(stepped) > 1:
             both = " and ".join(one.name for one in stepped)
             raise RestpointError(f"drafters: {both} both draft step by step; name one of them")
-        if rows > 1 and stepped and not self._serves_batches(stepped[0]):
-            stepped = []
-        if not (instant or stepped):
-            return None
-        settings = self.settings if draft_tokens is None else replace(self.settings, fixed=draft_tokens)
-        chosen = stepped[0] if stepped else None
-        costs = self._costs_of(chosen, rows)
-        return Fusion(instant, chosen, sampler, costs, self._known(sampler), settings, self.verifier)
+        if stepped and (rows == 1 or self._serves_batches(stepped[0])):
+            return instant, stepped[0]
+        return instant, None
 
     def _maker(self, name: str) -> Maker:
         if name in TABLES:
@@ -144,8 +154,10 @@ class Drafting:
             return lambda _target: HeadsDrafter.of_model(heads, self.layered, vocabulary=profile.vocabulary)
         if name == DYNAMIC_EXIT:
             return self._dynamic_exit(profile)
-        predictor = profile.predictors[profile.chosen if name == PREDICTOR else name]
-        return lambda target: ExitDrafter(target, predictor, profile.vocabulary, trees=self.trees)
+        own = profile.predictors[profile.chosen if name == PREDICTOR else name]
+        head = DraftHead(self.layered, profile.vocabulary)
+        predictor = own.to(self.layered.device, head.dtype)
+        return lambda target: ExitDrafter(target, predictor, trees=self.trees, head=head)
 
     def _dynamic_exit(self, profile: Profile) -> Maker:
         predictors = tuple(profile.predictors.values())
@@ -164,7 +176,7 @@ class Drafting:
             drafter = DynamicExitDrafter(
                 target,
                 predictors,
-                lambda: self._costs(1),
+                lambda: self._costs(1, 1),
                 profile.vocabulary,
                 trees=self.trees,
                 name=DYNAMIC_EXIT,
@@ -207,31 +219,68 @@ class Drafting:
         found = self.profile.calibrations
         return {name: own.greedy if sampler.greedy else own.sampling for name, own in found.items()}
 
-    def _costs_of(self, stepped: SteppedDrafter | None, rows: int) -> Costs:
-        """The profile's costs where they are of this device and dtype, and cover who drafts; else measured, once."""
-        here = device_name(self.layered.device), name_of(self.layered.dtype)
-        if rows not in self._verify:
-            known = self.profile.costs if self.profile else None
-            target = self._make_target() if rows == 1 else LayeredTarget(self.layered)
-            same = known is not None and rows == 1 and not target.widths and (known.device, known.dtype) == here
-            if known is not None and same and still_hold(target, known):
-                self._verify[rows] = known.verify
-                self._draft = {**known.draft, **self._draft}
-            else:
-                self._verify[rows] = measure_passes(target, rows=rows)
-        if stepped is not None and any(one.name not in self._draft for one in _ways(stepped)):
-            target = self._make_target()
-            drafters = (make(target) for make in self._makers.values())
-            own = next(one for one in drafters if isinstance(one, SteppedDrafter))
-            for one in _ways(own):
-                if one.name not in self._draft:
-                    self._draft[one.name] = measure_drafts(target, one)
-        return self._costs(rows)
+    def _measure(self, stepped: SteppedDrafter | None, rows: int) -> None:
+        """Know all costs of a batch: the profile's where they still hold here, else measured, once."""
+        for count in {1, rows}:
+            self._measure_passes(count, rows)
+            if stepped is not None and any((one.name, count) not in self._draft for one in _ways(stepped)):
+                target = self._make_target()
+                crews = [self._crew(target, 1)[1] for _ in range(count)]
+                for ways in zip(*(_ways(own) for own in crews if own is not None), strict=True):
+                    if (ways[0].name, count) not in self._draft:
+                        self._draft[ways[0].name, count] = measure_drafts(target, ways)
 
-    def _costs(self, rows: int) -> Costs:
-        """What was measured. Rows draft one after the other, and all wait for each."""
-        draft = {name: (first * rows, later * rows) for name, (first, later) in self._draft.items()}
-        return Costs(device_name(self.layered.device), name_of(self.layered.dtype), self._verify[rows], draft)
+    def _measure_passes(self, count: int, rows: int) -> None:
+        target = self._make_target() if rows == 1 else LayeredTarget(self.layered)
+        key = count, target.widths
+        if key in self._verify:
+            return
+        known = self.profile.costs if self.profile and count == 1 and not target.widths else None
+        here = device_name(self.layered.device), name_of(self.layered.dtype)
+        if known is not None and (known.device, known.dtype) == here and still_hold(target, known):
+            self._verify[key] = known.verify
+            self._draft = {(name, 1): seconds for name, seconds in known.draft.items()} | self._draft
+        else:
+            self._verify[key] = measure_passes(target, rows=count)
+
+    def _costs(self, live: int, rows: int) -> Costs:
+        """Costs of so many rows of a batch that began with ``rows``: between those of one and those of all."""
+        widths = self._make_target().widths if rows == 1 else ()
+        here = device_name(self.layered.device), name_of(self.layered.dtype)
+        one, every = (
+            Costs(
+                *here,
+                self._verify[count, widths],
+                {name: own for (name, at), own in self._draft.items() if at == count},
+            )
+            for count in (1, rows)
+        )
+        return one if rows == 1 else between(one, every, (live - 1) / (rows - 1))
+
+
+def drafting_for(
+    layered: LayeredModel,
+    capabilities: Capabilities,
+    profile: Profile | None,
+    names: Sequence[str],
+    brought: Mapping[str, Maker] | None = None,
+    settings: TreeSettings | None = None,
+    verifier: Verifier | None = None,
+    share: bool = False,
+    make_target: Callable[[], LayeredTarget] | None = None,
+) -> tuple[Drafting | None, list[str]]:
+    """Who drafts for a model, None where nobody does or can, and notes on what could not be used.
+
+    Arguments and errors as :class:`Drafting`.
+    """
+    if not capabilities.drafts:
+        refused = capabilities.refused()
+        reason = next(refused[name] for name in ("depth", "cached", "rollback") if name in refused)
+        return None, [f"decoding plainly, by the model's own forward: {reason}"]
+    if not (names or brought):
+        return None, []
+    drafting = Drafting(layered, capabilities, profile, names, brought, settings, verifier, share, make_target)
+    return drafting, drafting.notes
 
 
 def _ways(drafter: SteppedDrafter) -> Sequence[SteppedDrafter]:

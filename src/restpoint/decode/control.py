@@ -1,42 +1,114 @@
 """Which drafted tokens are worth verifying: expected gain against measured cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+
+from restpoint.decode.costs import Costs
 
 _FORGET = 0.97
 _ROUNDS = 5.0
+_KEPT = 6.0
+_KEEP = 0.9
 
 
 @dataclass
 class Pace:
-    """The rate reached so far on one text.
+    """The rate that a text has reached so far.
 
     A round that verifies n drafted nodes emits 1 + (sum of the probabilities that each stands) tokens on average. With
     r the rate reached so far, a node, or a level of a drafter, is worth its time while it adds more tokens than r
-    times the seconds it adds: the rule that maximises the long-run rate once r is that rate.
+    times the time it adds: the rule that maximises the long-run rate once r is that rate.
 
     Attributes:
         tokens: tokens of recent rounds.
-        seconds: what these rounds cost.
+        time: what these rounds took, in plain passes of as many rows.
     """
 
-    tokens: float
-    seconds: float
-
-    @classmethod
-    def plain(cls, seconds: float) -> "Pace":
-        """Begin with the rate of plain rounds."""
-        return cls(_ROUNDS, _ROUNDS * seconds)
+    tokens: float = _ROUNDS
+    time: float = _ROUNDS
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds
+        """Tokens by time; 1 for plain decoding."""
+        return self.tokens / self.time
 
-    def add(self, tokens: float, seconds: float) -> None:
+    def add(self, tokens: float, time: float) -> None:
         """Add a round; old ones fade."""
         self.tokens = _FORGET * self.tokens + tokens
-        self.seconds = _FORGET * self.seconds + seconds
+        self.time = _FORGET * self.time + time
+
+
+class Control:
+    """What the rounds of a batch cost, and how wide they are; the fusions of its rows share it.
+
+    All rows wait for the same pass, which is as wide as the widest tree: up to that width nodes cost nothing. So a
+    width is chosen for all of them. With r_i the rate of row i so far and t_i the time that it still needs, another
+    node is worth its time while sum_i t_i (tokens that it adds in row i) / r_i > (sum_i t_i) x (time that it adds). For
+    one text that is the rule of :class:`Pace`; in a batch it speeds up those that the others will wait for, and lets no
+    row that runs ahead widen the pass for all. The rows that ask for the widest pass are also those whose chances are
+    overestimated most, so in a batch gains count by the share of expected tokens that lately stood. Time is counted in
+    plain passes, so that rates hold while rows end.
+
+    Args:
+        costs: measured seconds, by the number of rows.
+        rows: rows to begin with.
+
+    Attributes:
+        rows: rows of the round.
+        costs: measured seconds for so many rows.
+        time: what the round costs, as far as it is planned.
+    """
+
+    def __init__(self, costs: Callable[[int], Costs], rows: int = 1):
+        self._costs_of = costs
+        self._expected = self._stood = _KEPT
+        self.begin(rows)
+
+    @classmethod
+    def alone(cls, costs: Costs) -> "Control":
+        """For one text."""
+        return cls(lambda _rows: costs)
+
+    def begin(self, rows: int) -> None:
+        """A round of so many rows begins."""
+        self.rows, self.costs = rows, self._costs_of(rows)
+        self.time = 1.0
+        plain = self.costs.verify[0]
+        self._passes = [seconds / plain for seconds in self.costs.verify]
+
+    @property
+    def node_time(self) -> float:
+        """What another node in every row adds to the pass, on average."""
+        count = min(16, self.costs.largest)
+        return (self._passes[count] - 1.0) / count
+
+    def level_time(self, drafter: str, levels: int) -> float:
+        """What another level of a drafter takes after so many."""
+        seconds = self.costs.drafting(drafter, levels + 1) - self.costs.drafting(drafter, levels)
+        return seconds / self.costs.verify[0]
+
+    def width(self, gains: Sequence[Sequence[float]], least: int = 0) -> int:
+        """How many nodes to verify in each row, as far as it has so many.
+
+        Args:
+            gains: for each row, in the order in which its nodes are taken, the time that each is expected to save,
+                weighted by rows with weights of mean 1.
+            least: the first so many are taken in any case.
+        """
+        trust = self._stood / self._expected if self.rows > 1 else 1.0
+        together = [trust * sum(column) for column in zip_longest(*gains, fillvalue=0.0)]
+        return best_count(together, self._passes, float(self.rows), least)
+
+    def observe(self, expected: float, stood: int) -> None:
+        """Nodes of one row stood, where so many were expected to."""
+        share = 1.0 / self.rows
+        self._expected = _KEEP**share * self._expected + share * expected
+        self._stood = _KEEP**share * self._stood + share * stood
+
+    def spend(self, nodes: int, drafter: str = "", levels: int = 0) -> None:
+        """The round verifies so many nodes in its widest row, after so many levels of a drafter."""
+        self.time = self._passes[nodes] + self.costs.drafting(drafter, levels) / self.costs.verify[0]
 
 
 def best_count(reaches: Sequence[float], verify: Sequence[float], rate: float, least: int = 0) -> int:
@@ -44,8 +116,8 @@ def best_count(reaches: Sequence[float], verify: Sequence[float], rate: float, l
 
     Args:
         reaches: probability that each node stands, in the order in which nodes are taken.
-        verify: seconds of a pass over 1, 2, 3, .. tokens; a draft of n nodes is a pass over n + 1.
-        rate: tokens per second that the time is worth.
+        verify: time of a pass over 1, 2, 3, .. tokens; a draft of n nodes is a pass over n + 1.
+        rate: tokens that a unit of time is worth.
         least: the first so many are taken in any case.
     """
     best, best_gain, tokens = least, float("-inf"), 0.0

@@ -4,8 +4,8 @@ import platform
 import statistics
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,13 @@ from restpoint.model.load import context_length
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 65)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 65)
 _LEVELS = 3
 _LOOK = 8
 _LOOKS = 6
 _VARIES = 1.3
 _WIDTH = 4
+_MOST = 256
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,23 @@ class Costs:
         return first + (levels - 1) * later
 
 
+def between(one: Costs, other: Costs, share: float) -> Costs:
+    """Costs at this share of the way from one to another, as far as both are known."""
+
+    def mixed(a: float, b: float) -> float:
+        return (1 - share) * a + share * b
+
+    return replace(
+        one,
+        verify=tuple(map(mixed, one.verify, other.verify)),
+        draft={
+            name: (mixed(own[0], other.draft[name][0]), mixed(own[1], other.draft[name][1]))
+            for name, own in one.draft.items()
+            if name in other.draft
+        },
+    )
+
+
 @torch.inference_mode()
 def measure_passes(target: LayeredTarget, context: int = 128, repeats: int = 9, rows: int = 1) -> tuple[float, ...]:
     """Seconds of one pass over 1, 2, 3, .. tokens: medians in turn, warm-up excluded; seconds on a small model.
@@ -65,11 +84,12 @@ def measure_passes(target: LayeredTarget, context: int = 128, repeats: int = 9, 
         target: the model; its cache is used up.
         context: number of tokens in the cache.
         repeats: measurements of each length.
-        rows: texts in the batch; each has that many tokens.
+        rows: texts in the batch; each has that many tokens. The more there are, the shorter the longest pass.
     """
     token = 1 % target.layered.vocabulary_size
     limit = context_length(target.layered.model) or context + _SIZES[-1]
-    sizes = target.widths or tuple(size for size in _SIZES if size < limit)
+    most = min(limit - 1, max(_MOST // rows, _LOOK))
+    sizes = target.widths or tuple(size for size in (_SIZES if rows == 1 else _BATCH_SIZES) if size <= most)
     target.prefill([[token] * min(context, limit - sizes[-1])] * rows)
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(repeats + 1):
@@ -113,15 +133,15 @@ def still_hold(target: LayeredTarget, costs: Costs, context: int = 128) -> bool:
 
 @torch.inference_mode()
 def measure_drafts(
-    target: LayeredTarget, drafter: SteppedDrafter, context: int = 128, repeats: int = 9
+    target: LayeredTarget, drafters: Sequence[SteppedDrafter], context: int = 128, repeats: int = 9
 ) -> tuple[float, float]:
-    """Seconds of a drafter's first law and of each later level of four nodes; medians, warm-up excluded.
+    """Seconds of the first law and of each later level of four nodes, for rows together; medians, warm-up excluded.
 
     Timed right after a pass, as drafts run in decoding: their weights are not in the processor's cache then.
 
     Args:
         target: the model; its cache is used up.
-        drafter: who drafts.
+        drafters: who drafts, one for each row, all of a kind.
         context: number of tokens in the cache.
         repeats: measurements of each.
     """
@@ -132,15 +152,15 @@ def measure_drafts(
     target.prefill([[token] * context])
     rest = torch.zeros(1, 1, layered.hidden_size, dtype=layered.dtype, device=layered.device)
     path = TokenPath([token] * (context + 1), rest)
-    width = _WIDTH if drafter.trees else 1
+    kind, rows = type(drafters[0]), len(drafters)
+    width = _WIDTH if drafters[0].trees else 1
+    tokens = [(token + index) % layered.vocabulary_size for index in range(width)]
 
     def draft(levels: int) -> None:
-        _read(drafter.start(path))
+        _read(kind.start_together(drafters, [path] * rows))
         above = ROOT
         for level in range(levels - 1):
-            _read(
-                drafter.extend([above] * width, [(token + index) % layered.vocabulary_size for index in range(width)])
-            )
+            _read(kind.extend_together(drafters, [[above] * width] * rows, [tokens] * rows))
             above = level * width
 
     seconds: dict[int, list[float]] = {1: [], 1 + _LEVELS: []}
@@ -152,9 +172,9 @@ def measure_drafts(
     return first, max((several - first) / _LEVELS, 0.0)
 
 
-def _read(logits: torch.Tensor) -> None:
+def _read(logits: Sequence[torch.Tensor]) -> None:
     """What is done with the logits of a level, at least."""
-    torch.softmax(logits.float(), -1).topk(8).indices.tolist()
+    torch.softmax(torch.cat(list(logits)).float(), -1).topk(8).indices.tolist()
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -184,6 +184,23 @@ class SteppedDrafter(Drafter):
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> Float[Tensor, "added vocab"]:
         """Add nodes, all of one depth, and return the logits of the token after each."""
 
+    @classmethod
+    def start_together(
+        cls, drafters: "Sequence[SteppedDrafter]", paths: Sequence[TokenPath]
+    ) -> list[Float[Tensor, "1 vocab"]]:
+        """:meth:`start` for the rows of a batch, with a drafter each; one by one, unless a class can do better."""
+        return [one.start(path) for one, path in zip(drafters, paths, strict=True)]
+
+    @classmethod
+    def extend_together(
+        cls,
+        drafters: "Sequence[SteppedDrafter]",
+        parents: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+    ) -> list[Float[Tensor, "added vocab"]]:
+        """:meth:`extend` for the rows of a batch, by nodes of the same depth in each."""
+        return [one.extend(*nodes) for one, *nodes in zip(drafters, parents, tokens, strict=True)]
+
     def goes_on(self, levels: int) -> bool:
         """Whether it wants another level after so many in this round; with 0, whether it wants to draft at all.
 
@@ -219,3 +236,15 @@ class Speculator(ABC):
     @abstractmethod
     def observe(self, path: TokenPath, verified: Verified) -> None:
         """Learn what became of the draft; ``path`` is the text before this round."""
+
+    @property
+    def group(self) -> object:
+        """Speculators of rows of one batch that have this in common draft together."""
+        return self
+
+    @classmethod
+    def propose_together(
+        cls, speculators: "Sequence[Speculator]", paths: Sequence[TokenPath], rooms: Sequence[int]
+    ) -> list[Draft]:
+        """:meth:`propose` for rows whose speculators are of this class and of one group."""
+        return [one.propose(path, room) for one, path, room in zip(speculators, paths, rooms, strict=True)]

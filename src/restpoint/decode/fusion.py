@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from restpoint.decode.acceptance import Acceptance, Calibration, Estimate
-from restpoint.decode.control import Pace, best_count
-from restpoint.decode.costs import Costs
+from restpoint.decode.control import Control, Pace
 from restpoint.decode.draft import (
     ROOT,
     Draft,
@@ -20,7 +19,6 @@ from restpoint.decode.draft import (
     Verified,
 )
 from restpoint.decode.sampling import Sampler
-from restpoint.decode.target import NO_DRAFT
 from restpoint.decode.trie import Trie
 from restpoint.decode.verifiers.base import Verifier
 from restpoint.transport.couplings import Drawing, draw_siblings
@@ -56,13 +54,34 @@ class TreeSettings:
 
 @dataclass
 class _Round:
-    """What a round was drafted from, for learning."""
+    """What a round is drafted from."""
 
+    path: TokenPath
+    room: int
     trie: Trie = field(default_factory=Trie)
     expanded: dict[int, int] = field(default_factory=dict)
     drawn: dict[int, Drawn] = field(default_factory=dict)
+    frontier: list[int] = field(default_factory=lambda: [ROOT])
     levels: int = 0
+    expected: float = 0.0  # nodes of the draft that stand
     resumes: bool = False  # the verification goes on where the stepped drafter's layers ended
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Nodes in the order in which they are worth verifying.
+
+    Attributes:
+        nodes: of the trie, parents first.
+        reaches: probability that each stands.
+        least: the first so many are verified in any case.
+        exits: layer and states that the target resumes from.
+    """
+
+    nodes: list[int]
+    reaches: list[float]
+    least: int
+    exits: tuple[int, Tensor] | None
 
 
 class Fusion(Speculator):
@@ -81,7 +100,7 @@ class Fusion(Speculator):
         instant: drafters that name candidates at once.
         stepped: a drafter with a law after every node; None for none.
         sampler: processors and random numbers, shared with the verification.
-        costs: measured seconds.
+        control: what rounds cost; the texts of a batch have one in common.
         calibrations: acceptance by confidence of drafters, by name; a drafter without one starts from a guess.
         settings: limits of the tree.
         verifier: how drawn tokens will be verified, which says how they must be drawn; token-wise if None.
@@ -96,7 +115,7 @@ class Fusion(Speculator):
         instant: Sequence[InstantDrafter],
         stepped: SteppedDrafter | None,
         sampler: Sampler,
-        costs: Costs,
+        control: Control,
         calibrations: Mapping[str, Calibration] | None = None,
         settings: TreeSettings | None = None,
         verifier: Verifier | None = None,
@@ -104,7 +123,8 @@ class Fusion(Speculator):
         self.instant = tuple(instant)
         self.stepped = stepped
         self.sampler = sampler
-        self.costs = costs
+        self.control = control
+        self.pace = Pace()
         self.settings = settings or TreeSettings()
         self._how: Drawing = "one" if verifier is None else verifier.drawn
         if verifier is not None and verifier.chains_only:
@@ -114,72 +134,90 @@ class Fusion(Speculator):
         self.acceptances = [
             Acceptance(known.get(one.name) or Calibration.guess(one.edges, one.prior)) for one in self.drafters
         ]
-        self.pace = Pace.plain(costs.verify[0])
         self._drawn = Estimate(_DRAWN)
         self._new = (Estimate(_NEW), Estimate(_NEW))
-        self._round = _Round()
+        self._round = _Round(TokenPath([], None), 0)
 
     def begin(self, prompt: Sequence[int]) -> None:
         """See :meth:`Speculator.begin`."""
         for drafter in self.drafters:
             drafter.begin(prompt)
 
+    @property
+    def group(self) -> object:
+        """See :attr:`Speculator.group`."""
+        return self.control
+
     def propose(self, path: TokenPath, room: int) -> Draft:
         """See :meth:`Speculator.propose`."""
-        round_ = self._round = _Round()
-        room = min(room, self.costs.largest)
-        if room < 1 or self.settings.fixed == 0:
-            return NO_DRAFT
-        for index, drafter in enumerate(self.instant):
-            round_.trie.merge(drafter.candidates(path, room), index, self.acceptances[index])
-        if self.stepped is not None:
-            self._step(self.stepped, path, room)
-        return self._choose()
+        return self.propose_together([self], [path], [room])[0]
+
+    @classmethod
+    def propose_together(
+        cls, speculators: Sequence[Speculator], paths: Sequence[TokenPath], rooms: Sequence[int]
+    ) -> list[Draft]:
+        """See :meth:`Speculator.propose_together`: levels of all rows at once, and trees of one size at most."""
+        fusions = [one for one in speculators if isinstance(one, Fusion)]
+        control = fusions[0].control
+        control.begin(len(fusions))
+        for one, path, room in zip(fusions, paths, rooms, strict=True):
+            one._begin_round(path, room)
+        _step(fusions, control)
+        orders = [one._order() for one in fusions]
+        needed = [one._time_needed for one in fusions]
+        gains = [
+            [reach / one.pace.rate * time * len(fusions) / sum(needed) for reach in order.reaches]
+            for one, order, time in zip(fusions, orders, needed, strict=True)
+        ]
+        width = control.width(gains, max(order.least for order in orders))
+        drafts = [one._draft(order, width) for one, order in zip(fusions, orders, strict=True)]
+        deepest = max(fusions, key=lambda one: one._round.levels)
+        name = deepest.stepped.cost_name if deepest.stepped is not None else ""
+        control.spend(max(len(draft.tokens) for draft in drafts), name, deepest._round.levels)
+        return drafts
 
     def observe(self, path: TokenPath, verified: Verified) -> None:
         """See :meth:`Speculator.observe`."""
         self._learn(verified)
         for drafter in self.drafters:
             drafter.learn(path, verified)
-        seconds = self.costs.verify[len(verified.draft.tokens)]
-        if self.stepped is not None:
-            seconds += self.costs.drafting(self.stepped.cost_name, self._round.levels)
-        self.pace.add(len(verified.nodes) + 1.0, seconds)
+        self.pace.add(len(verified.nodes) + 1.0, self.control.time)
+        self.control.observe(self._round.expected, len(verified.nodes))
 
     # --- a stepped drafter's levels --------------------------------------------------------------------------------
 
-    def _step(self, drafter: SteppedDrafter, path: TokenPath, room: int) -> None:
-        """Let a drafter add its children, level by level, while that pays."""
-        trie, round_ = self._round.trie, self._round
-        frontier = [ROOT]
-        while frontier and round_.levels < room and self._pays(drafter, frontier):
-            if round_.levels == 0:
-                logits = drafter.start(path)
-                round_.resumes = drafter.exits() is not None
-            else:
-                above = [round_.expanded[trie.parents[node]] for node in frontier]
-                logits = drafter.extend(above, [trie.tokens[node] for node in frontier])
-            round_.levels += 1
-            for node in frontier:
-                round_.expanded[node] = len(round_.expanded) - 1  # the root is -1, as drafters number nodes
-            self._name(path, frontier, logits)
-            frontier = self._frontier(frontier, drafter.trees)
+    def _begin_round(self, path: TokenPath, room: int) -> None:
+        """Forget the last round and ask the instant drafters."""
+        self._round = _Round(path, room)
+        room = min(room, self.control.costs.largest)
+        if self._drafts:
+            for index, drafter in enumerate(self.instant):
+                self._round.trie.merge(drafter.candidates(path, room), index, self.acceptances[index])
 
-    def _pays(self, drafter: SteppedDrafter, frontier: Sequence[int]) -> bool:
-        """Whether a level after these nodes is expected to be worth its time, and has room."""
-        levels = self._round.levels
-        if not self._fits(frontier):
-            return False
+    @property
+    def _time_needed(self) -> float:
+        """How long the text still takes, at its rate."""
+        return (self._round.room + 1) / self.pace.rate
+
+    @property
+    def _drafts(self) -> bool:
+        return self._round.room >= 1 and self.settings.fixed != 0
+
+    def _level_gain(self) -> float:
+        """The time that another level is expected to save beyond what its nodes cost; infinite where asked for."""
+        round_, drafter, levels = self._round, self.stepped, self._round.levels
+        if drafter is None or not (
+            self._drafts and round_.frontier and levels < min(round_.room, self.control.costs.largest) and self._fits()
+        ):
+            return 0.0
         if self.settings.levels is not None:
-            return levels < self.settings.levels
+            return float("inf") if levels < self.settings.levels else 0.0
         if self._falls_short(drafter):
-            return True
+            return float("inf")
         if not drafter.goes_on(levels):
-            return False
-        expected = self._new[levels > 0].mean * sum(self._uncovered(node) for node in frontier)
-        name = drafter.cost_name
-        seconds = self.costs.drafting(name, levels + 1) - self.costs.drafting(name, levels)
-        return expected > self.pace.rate * (seconds + self._node_seconds)
+            return 0.0
+        expected = self._new[levels > 0].mean * sum(self._uncovered(node) for node in round_.frontier)
+        return expected / self.pace.rate - self.control.node_time
 
     def _falls_short(self, drafter: SteppedDrafter) -> bool:
         """Whether fewer nodes were named than were asked for, whatever they cost."""
@@ -189,9 +227,9 @@ class Fusion(Speculator):
         chain = not (self.settings.branching and drafter.trees)
         return (self._round.levels if chain else len(self._round.trie)) < fixed
 
-    def _fits(self, frontier: Sequence[int]) -> bool:
+    def _fits(self) -> bool:
         """Whether all that must be verified after another level has room: drawn nodes, and those whose layers ran."""
-        round_ = self._round
+        round_, frontier = self._round, self._round.frontier
         nodes = len(round_.expanded) + len(frontier) - 1  # the root is no node
         if nodes > self._limit:
             return False
@@ -203,7 +241,7 @@ class Fusion(Speculator):
             must += draws * len(frontier)
         return must <= (self._limit if self.settings.fixed is None else min(self._limit, self.settings.fixed))
 
-    def _frontier(self, nodes: Sequence[int], trees: bool) -> list[int]:
+    def _next_frontier(self, nodes: Sequence[int], trees: bool) -> list[int]:
         """The nodes of the next level to go on after."""
         trie, settings = self._round.trie, self.settings
         following = [child for node in nodes for child in trie.children[node + 1].values()]
@@ -217,15 +255,19 @@ class Fusion(Speculator):
         trie = self._round.trie
         return trie.reach(node) * (1.0 - trie.covered(node))
 
-    def _name(self, path: TokenPath, nodes: Sequence[int], logits: Tensor) -> None:
-        """Add the most probable tokens after each node, and where tokens are sampled some drawn from the rest."""
-        trie, index = self._round.trie, len(self.instant)
+    def _law(self, logits: Tensor) -> Tensor:
+        """The law after each node of the frontier, by the stepped drafter."""
         if self.sampler.greedy and not self.sampler.by_prefix:
-            law = torch.softmax(logits.float(), -1)
-        else:
-            law = self.sampler.law(logits, lambda: [self._text(path, node) for node in nodes])
-        best = law.topk(min(self.settings.children, law.shape[1]))
-        tokens, confidences = torch.stack([best.indices.double(), best.values.double()]).tolist()
+            return torch.softmax(logits.float(), -1)
+        return self.sampler.law(logits, lambda: [self._text(node) for node in self._round.frontier])
+
+    def _grow(self, law: Tensor, tokens: list[list[float]], confidences: list[list[float]], trees: bool) -> None:
+        """Add the most probable tokens after each node of the frontier, and where tokens are sampled some drawn."""
+        round_ = self._round
+        trie, nodes, index = round_.trie, round_.frontier, len(self.instant)
+        round_.levels += 1
+        for node in nodes:
+            round_.expanded[node] = len(round_.expanded) - 1  # the root is -1, as drafters number nodes
         acceptance = self.acceptances[index]
         for node, row, own in zip(nodes, tokens, confidences, strict=True):
             depth = trie.depth_after(node)
@@ -235,11 +277,12 @@ class Fusion(Speculator):
                 trie.add(node, int(token), index, confidence, acceptance.of(depth, confidence))
         if not self.sampler.greedy:
             self._draw(nodes, law)
+        round_.frontier = self._next_frontier(nodes, trees)
 
     def _draw(self, nodes: Sequence[int], law: Tensor) -> None:
         """Draw a token after each node that is worth one, from what its likely children leave of the law."""
         trie, settings = self._round.trie, self.settings
-        worth = self.pace.rate * self._node_seconds
+        worth = self.pace.rate * self.control.node_time
         chosen: list[int] = []
         rests: list[Tensor] = []
         for row, node in enumerate(nodes):
@@ -268,27 +311,21 @@ class Fusion(Speculator):
                 nodes = tuple(trie.add(node, token, _BY_CHANCE, 0.0, self._drawn.mean) for token in tokens)
                 self._round.drawn[node] = Drawn(law_of_rest, nodes)
 
-    def _text(self, path: TokenPath, node: int) -> list[int]:
+    def _text(self, node: int) -> list[int]:
         """The whole text up to a node."""
         trie, tokens = self._round.trie, list[int]()
         while node != ROOT:
             tokens.append(trie.tokens[node])
             node = trie.parents[node]
-        return [*path.tokens, *reversed(tokens)]
+        return [*self._round.path.tokens, *reversed(tokens)]
 
     # --- what is verified ------------------------------------------------------------------------------------------
 
     @property
     def _limit(self) -> int:
-        return min(self.settings.nodes, self.costs.largest)
+        return min(self.settings.nodes, self.control.costs.largest)
 
-    @property
-    def _node_seconds(self) -> float:
-        """What another node costs in the pass, on average."""
-        count = min(16, self.costs.largest)
-        return (self.costs.verify[count] - self.costs.verify[0]) / count
-
-    def _choose(self) -> Draft:
+    def _order(self) -> "_Order":
         """The nodes worth verifying; parents come first, and before all others the nodes whose first layers ran."""
         trie, settings = self._round.trie, self.settings
         exits = self.stepped.exits() if self.stepped is not None and self._round.resumes else None
@@ -301,13 +338,12 @@ class Fusion(Speculator):
             others = sorted(set(range(len(trie))) - bound, key=lambda node: (-reaches[node], node))
         else:
             others = [node for node in self._best_chain(bound) if node not in bound]
-        order = [*first, *sorted(bound - set(first)), *others]
-        if settings.fixed is not None:
-            count = max(min(settings.fixed, len(order), self.costs.largest), len(bound))
-        else:
-            chosen = [reaches[node] for node in order[: self._limit]]
-            count = best_count(chosen, self.costs.verify, self.pace.rate, len(bound))
-        return self._draft(order[:count], exits)
+        nodes = [*first, *sorted(bound - set(first)), *others]
+        if settings.fixed is None:
+            nodes = nodes[: max(self._limit, len(bound))]
+            return _Order(nodes, [reaches[node] for node in nodes], len(bound), exits)
+        nodes = nodes[: max(min(settings.fixed, self.control.costs.largest), len(bound))]
+        return _Order(nodes, [1.0] * len(nodes), len(nodes), exits)
 
     def _with_ancestors(self, nodes: Sequence[int]) -> set[int]:
         found: set[int] = set()
@@ -329,12 +365,13 @@ class Fusion(Speculator):
             chain.append(node)
         return chain
 
-    def _draft(self, nodes: Sequence[int], exits: tuple[int, Tensor] | None) -> Draft:
-        """These nodes of the trie, renumbered."""
-        trie = self._round.trie
+    def _draft(self, order: "_Order", width: int) -> Draft:
+        """The first nodes of the order, renumbered."""
+        trie, nodes = self._round.trie, order.nodes[:width]
+        self._round.expected = sum(order.reaches[:width], 0.0)
         place = {node: index for index, node in enumerate(nodes)}
         place[ROOT] = ROOT
-        layer, states = exits or (0, None)
+        layer, states = order.exits or (0, None)
         return Draft(
             tokens=[trie.tokens[node] for node in nodes],
             parents=[place[trie.parents[node]] for node in nodes],
@@ -372,3 +409,36 @@ class Fusion(Speculator):
         for estimate, was_seen in zip(self._new, seen, strict=True):
             if not was_seen:
                 estimate.fade()
+
+
+def _step(fusions: Sequence[Fusion], control: Control) -> None:
+    """Let the stepped drafters of a batch add their children, level by level, while that pays."""
+    while True:
+        gains = {index: one._level_gain() for index, one in enumerate(fusions)}
+        going = [one for index, one in enumerate(fusions) if gains[index] > 0]
+        drafters = [one.stepped for one in going if one.stepped is not None]
+        if not going:
+            return
+        levels = going[0]._round.levels
+        time = control.level_time(drafters[0].cost_name, levels)
+        if sum(gain for gain in gains.values() if gain > 0) <= len(fusions) * time:
+            return
+        kind = type(drafters[0])
+        if levels == 0:
+            logits = kind.start_together(drafters, [one._round.path for one in going])
+        else:
+            rounds = [one._round for one in going]
+            above = [[own.expanded[own.trie.parents[node]] for node in own.frontier] for own in rounds]
+            logits = kind.extend_together(
+                drafters, above, [[own.trie.tokens[node] for node in own.frontier] for own in rounds]
+            )
+        laws = [one._law(own) for one, own in zip(going, logits, strict=True)]
+        every = laws[0] if len(laws) == 1 else torch.cat(laws)
+        best = every.topk(min(going[0].settings.children, every.shape[1]))
+        tokens, confidences = torch.stack([best.indices.double(), best.values.double()]).tolist()
+        for one, drafter, law in zip(going, drafters, laws, strict=True):
+            if levels == 0:
+                one._round.resumes = drafter.exits() is not None
+            count = len(law)
+            one._grow(law, tokens[:count], confidences[:count], drafter.trees)
+            del tokens[:count], confidences[:count]

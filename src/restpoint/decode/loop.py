@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from restpoint.decode.draft import Speculator, TokenPath, Verified
+from restpoint.decode.draft import Draft, Speculator, TokenPath, Verified
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.target import NO_DRAFT, Scored, Target
 from restpoint.decode.verifiers.base import Verifier
@@ -188,7 +188,7 @@ def _read_prompts(target: Target, texts: Sequence[Text]) -> _Turns:
 @torch.inference_mode()
 def _speculate(target: Target, texts: Sequence[Text], verifier: Verifier) -> tuple[_Turns, float]:
     """Draft, score, verify, commit."""
-    drafts = [NO_DRAFT if text.speculator is None else text.speculator.propose(text.path, text.room) for text in texts]
+    drafts = _drafts(texts)
     drafted_at = time.perf_counter()
     scored = target.score([text.path.pending for text in texts], drafts)
     turns: _Turns = []
@@ -200,6 +200,23 @@ def _speculate(target: Target, texts: Sequence[Text], verifier: Verifier) -> tup
         text.path.rest = _rest_after(row, verified)
     target.keep([verified.nodes for _, verified in turns])
     return turns, drafted_at
+
+
+def _drafts(texts: Sequence[Text]) -> list[Draft]:
+    """A draft for every text; those whose speculators belong together are drafted for together."""
+    drafts = [NO_DRAFT] * len(texts)
+    groups: dict[int, list[tuple[int, Text, Speculator]]] = {}
+    for row, text in enumerate(texts):
+        if text.speculator is not None:
+            groups.setdefault(id(text.speculator.group), []).append((row, text, text.speculator))
+    for group in groups.values():
+        rows, own, speculators = zip(*group, strict=True)
+        made = type(speculators[0]).propose_together(
+            speculators, [text.path for text in own], [text.room for text in own]
+        )
+        for row, draft in zip(rows, made, strict=True):
+            drafts[row] = draft
+    return drafts
 
 
 def _rest_after(scored: Scored, verified: Verified) -> torch.Tensor | None:

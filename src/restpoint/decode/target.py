@@ -16,6 +16,7 @@ from restpoint.model.layered import LayeredModel
 from restpoint.model.masks import Tree
 
 NO_DRAFT = Draft()
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,28 @@ class LayeredTarget(Target):
         ] = []  # of each level, the first place of the block, and states from it on
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
-        """See :meth:`Target.prefill`. Shorter rows are filled up behind their end, where nothing looks."""
-        layered = self.layered
+        """See :meth:`Target.prefill`. Prompts of about the same length are read in one pass."""
         longest = max(len(prompt) for prompt in prompts)
-        self.cache = self._new_cache(len(prompts), longest)
+        rests: dict[int, Tensor] = {}
+        caches: list[SlotCache] = []
+        for rows in _of_like_length(prompts):
+            cache = self._new_cache(len(rows), longest)
+            rests |= zip(rows, self._read([prompts[row] for row in rows], cache), strict=True)
+            caches.append(cache)
+        self.cache = caches[0]
+        if len(prompts) > 1:
+            self.cache = SlotCache.join(caches)
+            self.cache.retain([list(rests).index(row) for row in range(len(prompts))])
+        logits = self.layered.logits(torch.cat([rests[row] for row in range(len(prompts))]))
+        return [Scored(logits[row], rests[row]) for row in range(len(prompts))]
+
+    def _read(self, prompts: Sequence[Sequence[int]], cache: SlotCache) -> list[Float[Tensor, "1 1 hidden"]]:
+        """Run prompts, the shorter filled up behind their end, where nothing looks; h_L of the last token of each."""
+        longest = max(len(prompt) for prompt in prompts)
         ids = self._ids([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
-        states = layered.run(layered.plan(ids, self.cache))
-        self.cache.commit([len(prompt) for prompt in prompts])
-        rests = [states[row : row + 1, len(prompt) - 1 : len(prompt)] for row, prompt in enumerate(prompts)]
-        logits = layered.logits(torch.cat(rests))
-        return [Scored(logits[row], rest) for row, rest in enumerate(rests)]
+        states = self.layered.run(self.layered.plan(ids, cache))
+        cache.commit([len(prompt) for prompt in prompts])
+        return [states[row : row + 1, len(prompt) - 1 : len(prompt)] for row, prompt in enumerate(prompts)]
 
     def score(self, pending: Sequence[int], drafts: Sequence[Draft]) -> list[Scored]:
         """See :meth:`Target.score`. Resumes at the draft's exit layer, where it has one (one row only)."""
@@ -192,6 +205,22 @@ class NativeTarget(Target):
         self.layered.work.layer_calls += self.layered.depth
         self.layered.work.token_layers += self.layered.depth * len(tokens)
         return Scored(output.logits[0, -1:], None)
+
+
+def _of_like_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows in groups, the longest prompts first; in each the shortest has at least two thirds of the longest's tokens.
+
+    A few tokens more cost less than another pass, so short prompts stay together.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    groups = [[order[0]]]
+    for row in order[1:]:
+        longest = len(prompts[groups[-1][0]])
+        if longest - len(prompts[row]) <= max(longest / 3, _FEW):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def tree_of(draft: Draft, count: int) -> Tree:

@@ -34,7 +34,7 @@ class CostMeter:
 
     def of(self, drafter: SteppedDrafter) -> tuple[float, float]:
         """Seconds of a drafter's first and each later level."""
-        self._draft[drafter.name] = measure_drafts(self.target, drafter)
+        self._draft[drafter.name] = measure_drafts(self.target, [drafter])
         return self._draft[drafter.name]
 
     def of_predictor(self, predictor: Predictor, vocabulary: Tensor | None) -> tuple[float, float]:

@@ -21,13 +21,14 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from restpoint.decode.draft import Speculator
 from restpoint.decode.fusion import TreeSettings
 from restpoint.decode.loop import Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.target import LayeredTarget, NativeTarget
 from restpoint.decode.verifiers.base import Verifier
 from restpoint.decode.verifiers.registry import verifier as named_verifier
-from restpoint.drafting import Drafting, Maker
+from restpoint.drafting import Drafting, Maker, drafting_for
 from restpoint.errors import RestpointError
 from restpoint.generate import DEFAULT_VERIFIER, DRAFTERS
 from restpoint.huggingface.arguments import name_of, refuse, samplers_of, stopping_of, strip, withheld
@@ -199,17 +200,9 @@ class CustomGenerate:
             self.profile.require(Loaded(name_of(model), model, self._tokenizer(model)))
         layered = LayeredModel(model)
         capabilities = check(layered)
-        drafting: Drafting | None = None
-        notes: list[str] = []
-        if not capabilities.drafts:
-            refused = capabilities.refused()
-            reason = next(refused[name] for name in ("depth", "cached", "rollback") if name in refused)
-            notes = [f"decoding plainly, by the model's own forward: {reason}"]
-        elif self.drafters or self.brought:
-            drafting = Drafting(
-                layered, capabilities, self.profile, self.drafters, self.brought, self.tree, self.verifier, self.share
-            )
-            notes = drafting.notes
+        drafting, notes = drafting_for(
+            layered, capabilities, self.profile, self.drafters, self.brought, self.tree, self.verifier, self.share
+        )
         prepared = _Prepared(layered, capabilities, drafting, notes, context_length(model), state)
         memory.prepared[self] = prepared
         return prepared
@@ -247,11 +240,13 @@ class CustomGenerate:
         runs: list[Run] = []
         for group in together:
             target = LayeredTarget(layered) if drafts else NativeTarget(layered)
-            texts: dict[int, Text] = {}
-            for row in group:
-                speculator = None
-                if prepared.drafting is not None and self.draft_tokens != 0 and isinstance(target, LayeredTarget):
-                    speculator = prepared.drafting.speculator(target, samplers[row], self.draft_tokens, len(group))
-                texts[row] = Text(prompts[row], samplers[row], stopping, speculator, logits=[] if keep else None)
+            speculators: Sequence[Speculator | None] = [None] * len(group)
+            if prepared.drafting is not None and self.draft_tokens != 0 and isinstance(target, LayeredTarget):
+                own = [samplers[row] for row in group]
+                speculators = prepared.drafting.speculators(target, own, self.draft_tokens)
+            texts = {
+                row: Text(prompts[row], samplers[row], stopping, speculator, logits=[] if keep else None)
+                for row, speculator in zip(group, speculators, strict=True)
+            }
             runs.append(Run(texts, decode_batch(target, list(texts.values()), self.verifier)))
         return runs

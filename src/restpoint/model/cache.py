@@ -122,6 +122,19 @@ class SlotCache(Cache):
         self.seen = 0
         self.lookahead: Any = None
 
+    @classmethod
+    def join(cls, caches: "Sequence[SlotCache]") -> "SlotCache":
+        """One cache of all rows of several that have the same capacity and have been written to."""
+        first = caches[0]
+        joined = cls(len(first.slot_layers), sum(cache.batch for cache in caches), first.capacity)
+        joined.lengths = [length for cache in caches for length in cache.lengths]
+        joined.seen = max(cache.seen for cache in caches)
+        for index, layer in enumerate(joined.slot_layers):
+            sides = zip(*(cache.slot_layers[index].stored for cache in caches), strict=True)
+            layer.keys, layer.values = (torch.cat(side) for side in sides)
+            layer.is_initialized = True
+        return joined
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

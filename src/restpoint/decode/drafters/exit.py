@@ -106,27 +106,65 @@ class ExitDrafter(SteppedDrafter):
 
     def start(self, path: TokenPath) -> Float[Tensor, "1 vocab"]:
         """See :meth:`SteppedDrafter.start`."""
-        self.walk.start(path.pending)
-        before = None if path.rest is None else path.rest.to(self.dtype)
-        rest = self.predictor.predict(self._newest(), before, 0)
-        self._rests, self._depths = [rest], [0]
-        return self.head.logits(rest)
+        before = self._begin(path)
+        return self._laws([self], [before], 0)[0]
 
     def extend(self, parents: Sequence[int], tokens: Sequence[int]) -> Float[Tensor, "added vocab"]:
         """See :meth:`SteppedDrafter.extend`."""
-        self.walk.extend(parents, tokens)
-        depth = self._depths[parents[0] + 1] + 1
-        known = self._rests[0] if len(self._rests) == 1 else torch.cat(self._rests, 1)
-        before = known[:, [parent + 1 for parent in parents]]
-        rest = self.predictor.predict(self._newest(), before, depth)
-        self._rests = [known, rest]
-        self._depths.extend([depth] * len(tokens))
-        return self.head.logits(rest)
+        before, depth = self._walk_on(parents, tokens)
+        return self._laws([self], [before], depth)[0]
+
+    @classmethod
+    def start_together(
+        cls, drafters: Sequence[SteppedDrafter], paths: Sequence[TokenPath]
+    ) -> list[Float[Tensor, "1 vocab"]]:
+        """See :meth:`SteppedDrafter.start_together`: the predictor and the head are read once for all rows."""
+        own = [one for one in drafters if isinstance(one, ExitDrafter)]
+        befores = [one._begin(path) for one, path in zip(own, paths, strict=True)]
+        return cls._laws(own, befores, 0)
+
+    @classmethod
+    def extend_together(
+        cls, drafters: Sequence[SteppedDrafter], parents: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    ) -> list[Float[Tensor, "added vocab"]]:
+        """See :meth:`SteppedDrafter.extend_together`."""
+        own = [one for one in drafters if isinstance(one, ExitDrafter)]
+        walked = [one._walk_on(*nodes) for one, *nodes in zip(own, parents, tokens, strict=True)]
+        return cls._laws(own, [before for before, _ in walked], walked[0][1])
 
     def exits(self) -> tuple[int, Tensor] | None:
         """See :meth:`SteppedDrafter.exits`."""
         layer = self.predictor.exit_layer
         return (layer, self.walk.states(layer)) if layer else None
 
-    def _newest(self) -> list[Tensor]:
-        return [self.walk.newest(layer).to(self.dtype) for layer in self.predictor.state_layers]
+    def _begin(self, path: TokenPath) -> Tensor | None:
+        """Run the pending token; the rest state before it."""
+        self.walk.start(path.pending)
+        self._rests, self._depths = [], []
+        return None if path.rest is None else path.rest.to(self.dtype)
+
+    def _walk_on(self, parents: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, int]:
+        """Run further nodes; the rest states before them, and their depth."""
+        self.walk.extend(parents, tokens)
+        self._rests = [self._rests[0] if len(self._rests) == 1 else torch.cat(self._rests, 1)]
+        return self._rests[0][:, [parent + 1 for parent in parents]], self._depths[parents[0] + 1] + 1
+
+    @staticmethod
+    def _laws(drafters: "Sequence[ExitDrafter]", befores: Sequence[Tensor | None], depth: int) -> list[Tensor]:
+        """Logits after the nodes that each drafter ran last, by the predictor and head that all have in common."""
+        first = drafters[0]
+        states = [
+            _joined([one.walk.newest(layer).to(one.dtype) for one in drafters])
+            for layer in first.predictor.state_layers
+        ]
+        given = [before for before in befores if before is not None]
+        rest = first.predictor.predict(states, _joined(given) if given else None, depth)
+        sizes = [one.walk.newest(one.walk.stop).shape[1] for one in drafters]
+        for one, own in zip(drafters, rest.split(sizes, 1), strict=True):
+            one._rests.append(own)
+            one._depths.extend([depth] * own.shape[1])
+        return list(first.head.logits(rest).split(sizes))
+
+
+def _joined(states: Sequence[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(list(states), 1)
