@@ -1,6 +1,7 @@
 """What tests of decoding share: bad predictors, made-up costs, scripted drafters, and texts by transformers alone."""
 
 import random
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -114,8 +115,9 @@ class Scripted(Speculator):
     def begin(self, prompt: Sequence[int]) -> None:
         self.seen = []
 
+    @abstractmethod
     def draft(self, path: TokenPath, room: int) -> Draft:
-        raise NotImplementedError
+        """What to propose."""
 
     def propose(self, path: TokenPath, room: int) -> Draft:
         draft = self.draft(path, room)

@@ -2,16 +2,7 @@
 
 from restpoint.equilibrium.affine import AffineMap
 from restpoint.equilibrium.features import RandomFeatures
-from restpoint.equilibrium.fitting import (
-    Chunk,
-    FitProgress,
-    FitResult,
-    FitSettings,
-    fit_affine,
-    fit_monge,
-    fit_recurrence,
-    negative_squared_error,
-)
+from restpoint.equilibrium.fitting import FitResult, fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.gram import GramAccumulator, Moments
 from restpoint.equilibrium.heads import MultiTokenHeads, fit_heads
 from restpoint.equilibrium.predictors import (
@@ -22,6 +13,7 @@ from restpoint.equilibrium.predictors import (
     RestPointRecurrence,
 )
 from restpoint.equilibrium.ridge import solve_ridge, solve_ridge_path
+from restpoint.equilibrium.streaming import Chunk, FitProgress, FitSettings, negative_squared_error
 
 __all__ = [
     "AffineMap",

@@ -10,23 +10,23 @@ from torch import Tensor
 
 from restpoint.equilibrium.affine import AffineMap
 from restpoint.equilibrium.features import RandomFeatures
-from restpoint.equilibrium.fitting import (
+from restpoint.equilibrium.fitting import FitResult
+from restpoint.equilibrium.ridge import solve_ridge_path
+from restpoint.equilibrium.streaming import (
     Chunk,
     FitProgress,
-    FitResult,
     FitSettings,
+    Pair,
     Score,
     Stream,
-    _accumulate,
-    _blocks,
-    _draw_features,
-    _floating,
-    _lift,
-    _Pair,
-    _states,
+    accumulate,
+    blocks,
+    draw_features,
+    floating,
+    lift,
     negative_squared_error,
+    states_of,
 )
-from restpoint.equilibrium.ridge import solve_ridge_path
 from restpoint.errors import RestpointError
 
 
@@ -189,19 +189,19 @@ def fit_heads(
     """
     settings = settings or FitSettings()
 
-    def pairs(of: Stream) -> Iterator[_Pair]:
+    def pairs(of: Stream) -> Iterator[Pair]:
         for chunk in of():
             yield _pairs(chunk, state_layers, settings.steps)
 
-    features = _draw_features(pairs(stream), settings) if settings.features else None
-    gram = _accumulate(pairs(stream), features, settings, settings.steps - 1, progress)
+    features = draw_features(pairs(stream), settings) if settings.features else None
+    gram = accumulate(pairs(stream), features, settings, settings.steps - 1, progress)
     candidates = solve_ridge_path(gram, settings.strengths, standardise=settings.standardise)
     totals = torch.zeros(settings.steps, len(candidates), dtype=torch.float64)
     rows, ready = 0, candidates
-    for x, y in _blocks(pairs(held_out), settings.chunk_rows):
+    for x, y in blocks(pairs(held_out), settings.chunk_rows):
         if not rows:
             ready = tuple(candidate.to(x.device, x.dtype) for candidate in candidates)
-        inputs, true = _lift(x, features), y.unflatten(-1, (settings.steps, -1))
+        inputs, true = lift(x, features), y.unflatten(-1, (settings.steps, -1))
         for index, candidate in enumerate(ready):
             predicted = candidate(inputs).unflatten(-1, (settings.steps, -1))
             for position in range(settings.steps):
@@ -221,9 +221,9 @@ def fit_heads(
     return FitResult(heads, settings.strengths, chosen, scores, *counts)
 
 
-def _pairs(chunk: Chunk, state_layers: tuple[int, ...], positions: int) -> _Pair:
+def _pairs(chunk: Chunk, state_layers: tuple[int, ...], positions: int) -> Pair:
     """[states(t), rest(t-1)] and [rest(t), .., rest(t+k-1)] for every t that has them all."""
-    states, rest = _states(chunk, state_layers), _floating(chunk.rest)
+    states, rest = states_of(chunk, state_layers), floating(chunk.rest)
     count = max(0, rest.shape[1] - positions)
     x = torch.cat((states[:, 1 : count + 1], rest[:, :count]), -1)
     y = torch.cat([rest[:, first : first + count] for first in range(1, positions + 1)], -1)

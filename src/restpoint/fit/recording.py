@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from restpoint.equilibrium.fitting import Chunk
+from restpoint.equilibrium.streaming import Chunk
 from restpoint.errors import RestpointError
 from restpoint.fit.options import FitOptions
 from restpoint.model.layered import LayeredModel

@@ -8,9 +8,10 @@ from restpoint.decode.draft import InstantDrafter
 from restpoint.decode.drafters.heads import HeadsDrafter
 from restpoint.decode.drafters.tables import TABLES
 from restpoint.decode.target import LayeredTarget
-from restpoint.equilibrium.fitting import Chunk, FitProgress, FitSettings, fit_affine, fit_monge, fit_recurrence
+from restpoint.equilibrium.fitting import fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.heads import MultiTokenHeads, fit_heads
 from restpoint.equilibrium.predictors import IdentityPredictor, Predictor
+from restpoint.equilibrium.streaming import Chunk, FitProgress, FitSettings
 from restpoint.errors import RestpointError
 from restpoint.fit.measuring import CostMeter, measure, measure_instant
 from restpoint.fit.options import FitOptions

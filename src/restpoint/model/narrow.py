@@ -1,5 +1,6 @@
 """Run a model's own code with other matrix products and attention, without touching its weights."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -141,7 +142,7 @@ class _Group:
             product.x = product.weight = torch.empty(0)  # the parameter stays, so that its identity does
 
 
-class _Linears(TorchFunctionMode):
+class _Linears(TorchFunctionMode, ABC):
     """Sees every linear map whose weight is a parameter of the model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -164,9 +165,9 @@ class _Linears(TorchFunctionMode):
             return None
         return self.product(x, base, base, None)
 
+    @abstractmethod
     def product(self, x: Tensor, parameter: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The product computed otherwise, or None to leave it as it is."""
-        raise NotImplementedError
 
 
 class _Recorder(_Linears):
