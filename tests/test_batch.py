@@ -93,7 +93,8 @@ def test_rows_of_a_batch_draft_together() -> None:
     texts = []
     for prompt, length in zip(PROMPTS, LENGTHS, strict=True):
         sampler = greedy()
-        speculator = fused(target, sampler, ("lookup", "recycling", "exit 0"), control=control)
+        settings = TreeSettings(levels=2, width=2)
+        speculator = fused(target, sampler, ("lookup", "recycling", "exit 0"), settings, control=control)
         assert speculator.stepped is not None
         speculator.stepped.predictor = texts[0].speculator.stepped.predictor if texts else speculator.stepped.predictor
         predict = type(speculator.stepped.predictor).predict

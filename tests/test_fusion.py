@@ -10,6 +10,7 @@ from decoding import PROMPT, Named, Stepped, costs, fused, model_and_target, tok
 from families import VOCABULARY
 from restpoint.decode.acceptance import Acceptance, AcceptanceCounter, Calibration, Estimate
 from restpoint.decode.control import Control, Pace, best_count
+from restpoint.decode.costs import Costs
 from restpoint.decode.draft import ROOT, Candidates, Draft, TokenPath, Verified
 from restpoint.decode.fusion import Fusion, TreeSettings
 from restpoint.decode.loop import Stopping, decode
@@ -127,6 +128,15 @@ def test_the_rate_that_a_text_reaches_is_the_best_one() -> None:
             pace.add(tokens[count], verify[count])
         assert rates[count] == pytest.approx(max(rates))
         assert pace.rate == pytest.approx(max(rates), rel=0.02)
+
+
+def test_the_first_node_bears_the_step_of_a_longer_pass() -> None:
+    """Passes of two tokens cost 1.2, of three and more hardly anything beyond: only what comes first pays for that."""
+    control = Control.alone(Costs("here", "float32", (1.0, 1.2, 1.21, 1.22, 1.23)))
+    assert control.time_of_more([], 1) == pytest.approx(0.2)
+    assert control.time_of_more([0.1], 2) == pytest.approx(0.21)
+    assert control.time_of_more([0.5], 1) == pytest.approx(0.01)
+    assert control.time_of_more([0.5] * 4, 9) == 0.0
 
 
 def test_estimates_learn_and_fade() -> None:

@@ -83,6 +83,11 @@ class Control:
         count = min(16, self.costs.largest)
         return (self._passes[count] - 1.0) / count
 
+    def time_of_more(self, gains: Sequence[float], nodes: int) -> float:
+        """What so many further nodes add to the pass that is best for a row without them."""
+        width = best_count(gains, self._passes, 1.0)
+        return self._passes[min(width + nodes, self.costs.largest)] - self._passes[width]
+
     def level_time(self, drafter: str, levels: int) -> float:
         """What another level of a drafter takes after so many."""
         seconds = self.costs.drafting(drafter, levels + 1) - self.costs.drafting(drafter, levels)

@@ -217,7 +217,8 @@ class Fusion(Speculator):
         if not drafter.goes_on(levels):
             return 0.0
         expected = self._new[levels > 0].mean * sum(self._uncovered(node) for node in round_.frontier)
-        return expected / self.pace.rate - self.control.node_time
+        gains = sorted((reach / self.pace.rate for reach in round_.trie.reaches), reverse=True)
+        return expected / self.pace.rate - self.control.time_of_more(gains[: self._limit], len(round_.frontier))
 
     def _falls_short(self, drafter: SteppedDrafter) -> bool:
         """Whether fewer nodes were named than were asked for, whatever they cost."""
