@@ -268,7 +268,7 @@ def random_tree(seed: int, count: int) -> tuple[list[int], list[float]]:
 
 
 def test_a_round_emits_one_token_and_the_reach_of_each_node():
-    """A tree of chosen tokens: the mean over the verifier's outcomes, and the reach of each node from the target alone."""
+    """A tree of chosen tokens: the mean over the verifier's outcomes; each node's reach from the target alone."""
     tokens, parents = (0, 2, 1, 0, 2, 2), (ROOT, ROOT, 0, 0, 1, 3)
     draft = Draft(tokens, parents)
     texts = [tuple(text) for text in draft.prefixes([])]
