@@ -201,7 +201,7 @@ def propositions() -> dict[int, set[tuple[str, str]]]:
     return found
 
 
-def tests_in(path: str) -> set[str]:
+def names_of_tests(path: str) -> set[str]:
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
@@ -212,13 +212,13 @@ def test_every_proposition_names_tests_that_exist():
     assert found
     for number, named in found.items():
         assert named, f"proposition {number} names no test"
-        missing = [f"{path}::{name}" for path, name in named if name not in tests_in(path)]
+        missing = [f"{path}::{name}" for path, name in named if name not in names_of_tests(path)]
         assert not missing, f"proposition {number} names tests that do not exist: {missing}"
 
 
 def test_every_test_of_a_proposition_is_named():
     named = {name for tests in propositions().values() for path, name in tests if path == "tests/test_propositions.py"}
-    assert named == tests_in("tests/test_propositions.py")
+    assert named == names_of_tests("tests/test_propositions.py")
 
 
 # --- public names ---
