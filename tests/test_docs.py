@@ -18,7 +18,8 @@ from restpoint import bundled, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "how-it-works.md"]
+THEORY = ROOT / "docs" / "theory.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "how-it-works.md", THEORY]
 FIGURES = ROOT / "docs" / "bench.json"
 NOT_CODE = {"text", "sh"}
 
@@ -185,6 +186,39 @@ def test_figures_are_those_of_the_run():
     assert found, f"README.md lacks the figures of docs/bench.json:\n{wanted}"
     kept = [index for index, heading in enumerate(found[0]) if heading in expected[0]]
     assert sorted([row[index] for index in kept] for row in found) == sorted(expected), f"it should be:\n{wanted}"
+
+
+# --- propositions ---
+
+
+def propositions() -> dict[int, set[tuple[str, str]]]:
+    """Of each proposition in docs/theory.md: file and name of the tests that it says it is checked by."""
+    found: dict[int, set[tuple[str, str]]] = {}
+    for part in re.split(r"^##+ ", THEORY.read_text(encoding="utf-8"), flags=re.M):
+        if number := re.match(r"Proposition (\d+): ", part):
+            assert int(number[1]) not in found
+            found[int(number[1])] = set(re.findall(r"`(tests/\w+\.py)::(\w+)`", part.partition("**Checked by**")[2]))
+    return found
+
+
+def names_of_tests(path: str) -> set[str]:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def test_every_proposition_names_tests_that_exist():
+    found = propositions()
+    assert list(found) == list(range(1, len(found) + 1))
+    assert found
+    for number, named in found.items():
+        assert named, f"proposition {number} names no test"
+        missing = [f"{path}::{name}" for path, name in named if name not in names_of_tests(path)]
+        assert not missing, f"proposition {number} names tests that do not exist: {missing}"
+
+
+def test_every_test_of_a_proposition_is_named():
+    named = {name for tests in propositions().values() for path, name in tests if path == "tests/test_propositions.py"}
+    assert named == names_of_tests("tests/test_propositions.py")
 
 
 # --- public names ---
