@@ -26,7 +26,6 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = 100
 SHAPES = {
-    "chosen": TreeSettings(),
     "wide": TreeSettings(fixed=12, levels=2, width=3, children=3),
     "chain": TreeSettings(fixed=6, branching=False),
 }
@@ -40,7 +39,7 @@ def expected(reference: Loaded) -> dict[str, list[int]]:
     """The first prompts of every kind of text, and what plain decoding continues them with."""
     plain = Decoder(reference)
     texts = [prompt.text for prompt in bundled.prompts()[:PROMPTS]]
-    return {text: plain.generate(text, max_tokens=24, ignore_end=True).tokens for text in texts}
+    return {text: plain.generate(text, max_tokens=16, ignore_end=True).tokens for text in texts}
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +78,11 @@ def test_bundled_model(
     }
     accepted = 0
     for text, tokens in expected.items():
-        found = decoders[next(ways)].generate(text, max_tokens=24, ignore_end=True)
+        found = decoders[next(ways)].generate(text, max_tokens=16, ignore_end=True)
         assert found.tokens == tokens, text
         accepted += found.statistics.accepted
     assert len(expected) == PROMPTS
-    assert accepted > (PROMPTS if shape != "chosen" else 0)
+    assert accepted > PROMPTS
 
 
 @pytest.mark.parametrize("way", VERIFIERS)
