@@ -97,6 +97,7 @@ class CompiledModel:
         with explained(layered):
             self._pass(self.widths[0], self.capacity)
             if layered.device.type == "cpu":
+                self.progress("preparing kernels", 0, len(self.widths))
                 self._products = self._packed_products()
 
     def cache(self, batch: int = 1) -> BucketCache:
