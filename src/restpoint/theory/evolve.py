@@ -127,10 +127,14 @@ def record(
 
 def _finite(states: Tensor) -> Tensor:
     if not bool(states.isfinite().all()):
-        raise RestpointError(
-            "states: one is not finite; particles that are not on a sphere can diverge: end earlier or take smaller steps"
-        )
+        raise _diverged()
     return states
+
+
+def _diverged() -> RestpointError:
+    return RestpointError(
+        "states: one is not finite; particles that are not on a sphere can diverge: end earlier or take smaller steps"
+    )
 
 
 Keep = Callable[[Tensor], Tensor]
@@ -145,33 +149,42 @@ def _runge_kutta(
     for number in range(count):
         time = start + number * step
         k1 = system.velocity(states, time)
+        _check_move(states, k1, time, step)
         k2 = system.velocity(states + middle * k1, time + middle)
         k3 = system.velocity(states + middle * k2, time + middle)
+        _check_reaction(states, k1, k2, k3, time, step)
         k4 = system.velocity(states + step * k3, time + step)
-        _check_step(states, k1, k2, k3, time, step)
         states = keep(states + step / 6 * (k1 + 2 * (k2 + k3) + k4))
     return states
 
 
-def _check_step(states: Tensor, k1: Tensor, k2: Tensor, k3: Tensor, time: float, step: float) -> None:
-    size = states.norm(dim=-1).amax(-1)
-    move = (step * k1.norm(dim=-1).amax(-1) / size.clamp_min(torch.finfo(states.dtype).tiny)).max()
+def _check_move(states: Tensor, k1: Tensor, time: float, step: float) -> None:
+    size = states.norm(dim=-1).amax(-1).clamp_min(torch.finfo(states.dtype).tiny)
+    move = float((step * k1.norm(dim=-1).amax(-1) / size).max())
+    if not math.isfinite(move):
+        raise _diverged()
+    if move > _LARGEST_MOVE:
+        what = f"moves a particle by {move:.3g} times its length, more than {_LARGEST_MOVE:g}"
+        raise _too_large(step, time, what, _LARGEST_MOVE / move)
+
+
+def _check_reaction(states: Tensor, k1: Tensor, k2: Tensor, k3: Tensor, time: float, step: float) -> None:
     turn = (k2 - k1).flatten(-2).norm(dim=-1)
     bend = (k3 - k2).flatten(-2).norm(dim=-1)
     tells = step * turn > _ROUNDING * states.flatten(-2).norm(dim=-1)
-    reaction = torch.where(tells, 2 * bend / turn.clamp_min(torch.finfo(states.dtype).tiny), 0).max()
-    worst = torch.stack((move / _LARGEST_MOVE, reaction / _STABLE))
-    if bool((worst <= 1).all()):
-        return
-    if not bool(worst[0] <= 1):
-        what = f"moves a particle by {float(move):.3g} times its length, more than {_LARGEST_MOVE:g}"
-    else:
+    reaction = float(torch.where(tells, 2 * bend / turn.clamp_min(torch.finfo(states.dtype).tiny), 0).max())
+    if not math.isfinite(reaction):
+        raise _diverged()
+    if reaction > _STABLE:
         what = (
-            f"times the rate {float(reaction) / step:.3g} at which the system reacts is {float(reaction):.3g}, outside "
-            f"the stability region, which ends at {_STABLE}"
+            f"times the rate {reaction / step:.3g} at which the system reacts is {reaction:.3g}, outside the stability "
+            f"region, which ends at {_STABLE}"
         )
-    remedy = f"give a step below {0.9 * step / float(worst.max()):.2g}" if bool(worst.isfinite().all()) else "reduce it"
-    raise RestpointError(f"step: one of {step:.3g} at time {time:.4g} {what}; {remedy}")
+        raise _too_large(step, time, what, _STABLE / reaction)
+
+
+def _too_large(step: float, time: float, what: str, share: float) -> RestpointError:
+    return RestpointError(f"step: one of {step:.3g} at time {time:.4g} {what}; give a step below {0.9 * share * step:.2g}")
 
 
 def _layers(system: System, states: Tensor, start: float, stop: float, scheme: Layers, keep: Keep) -> Tensor:

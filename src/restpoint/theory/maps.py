@@ -19,10 +19,10 @@ class Heads:
         RestpointError: a map is not square, or the two differ in heads or size.
     """
 
-    query_key: Float64[Tensor, "heads dim dim_in"]
-    """(QᵀK)_h: queries along the first of its two axes, keys along the second."""
-    value: Float64[Tensor, "heads dim_out dim_from"]
-    """V_h, the output map of a multi-head layer included; it must send a token to where tokens live."""
+    query_key: Float64[Tensor, "heads *batch dim dim_in"]
+    """(QᵀK)_h: queries along the last axis but one, keys along the last; batch axes broadcast against the states'."""
+    value: Float64[Tensor, "heads_of_v *batch_of_v dim_out dim_from"]
+    """V_h, the output map of a multi-head layer included; batch axes likewise."""
 
     def __post_init__(self) -> None:
         """Refuse what is no map from tokens to tokens."""
@@ -32,7 +32,7 @@ class Heads:
                     f"{name} is {maps.shape[-2]} x {maps.shape[-1]}; it must be square: give the product that acts on "
                     "tokens, QᵀK or the output map times V"
                 )
-        if self.query_key.shape != self.value.shape:
+        if any(self.query_key.shape[axis] != self.value.shape[axis] for axis in (0, -1)):
             raise RestpointError(
                 f"query_key has shape {tuple(self.query_key.shape)} and value {tuple(self.value.shape)}; "
                 "give as many heads of the same size to both"
@@ -54,7 +54,7 @@ class Heads:
         cls,
         query: Float64[Tensor, "heads inner dim"],
         key: Float64[Tensor, "heads inner dim"],
-        value: Float64[Tensor, "heads dim_out dim_from"],
+        value: Float64[Tensor, "heads_of_v dim_out dim_from"],
     ) -> "Heads":
         """From Q, K and V."""
         return cls(query.mT @ key, value)
