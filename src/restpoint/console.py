@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console, RenderableType
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.generate import Decoder, Piece
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
+    from restpoint.theory.study import Study
 
 Item = TypeVar("Item")
 
@@ -174,6 +176,32 @@ def fit_table(report: "FitReport") -> RenderableType:
             style="bold" if chosen else "",
         )
     return table
+
+
+def study_table(study: "Study") -> RenderableType:
+    """What a simulation comes to."""
+    table = Table(title=study.title, title_justify="left", caption="; ".join(study.papers), caption_justify="left")
+    table.add_column(study.name)
+    table.add_column("", justify="right")
+    for name, value in study.facts.items():
+        table.add_row(name, value if isinstance(value, str) else f"{value:.4g}")
+    return table
+
+
+def study_json(studies: "list[Study]", folder: Path) -> str:
+    """The same for programs, with the files that hold the rest."""
+    content = [
+        {
+            "study": study.name,
+            "title": study.title,
+            "facts": study.facts,
+            "papers": study.papers,
+            "table": str(folder / f"{study.name}.csv"),
+            "picture": str(folder / f"{study.name}.png"),
+        }
+        for study in studies
+    ]
+    return json.dumps(content, indent=1)
 
 
 def _share(value: float | None) -> str:
