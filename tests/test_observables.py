@@ -51,7 +51,7 @@ def test_a_huge_beta_does_not_overflow():
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
 def test_energy_needs_a_positive_beta(beta):
-    with pytest.raises(RestpointError, match="beta: .* positive inverse temperature"):
+    with pytest.raises(RestpointError, match=r"beta: .* positive inverse temperature"):
         seen.log_energy(cloud(3, 2), beta)
 
 
@@ -61,7 +61,9 @@ def test_energy_needs_a_positive_beta(beta):
 @pytest.mark.parametrize("tau", [0.01, 0.1, 0.5])
 def test_clusters_are_connected_components(tau):
     states = cloud(6, 12, 3)
-    for one, count, labels in zip(states, seen.cluster_count(states, tau), seen.cluster_labels(states, tau), strict=True):
+    for one, count, labels in zip(
+        states, seen.cluster_count(states, tau), seen.cluster_labels(states, tau), strict=True
+    ):
         units = (one / one.norm(dim=-1, keepdim=True)).numpy()
         expected, numbered = connected_components(units @ units.T > 1 - tau)
         assert int(count) == expected
@@ -135,7 +137,7 @@ def test_number_of_strong_centres_is_the_expected_one():
 
 @pytest.mark.parametrize("delta", [0.0, -1.0, 4.0])
 def test_delta_is_an_angle(delta):
-    with pytest.raises(RestpointError, match="delta is .* between 0 and pi"):
+    with pytest.raises(RestpointError, match=r"delta is .* between 0 and pi"):
         seen.strong_renyi_centres(cloud(3, 2), delta)
 
 
@@ -170,11 +172,11 @@ def test_effective_rank_at_its_ends():
 def test_what_has_no_direction_is_refused(bad):
     states = cloud(3, 2)
     states[1] = bad
-    with pytest.raises(RestpointError, match="states: one is zero or not finite"):
+    with pytest.raises(RestpointError, match=r"states: one is zero or not finite"):
         seen.cluster_count(states)
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, 2.0])
 def test_tau_is_a_distance(tau):
-    with pytest.raises(RestpointError, match="tau is "):
+    with pytest.raises(RestpointError, match=r"tau is "):
         seen.cluster_count(cloud(3, 2), tau)

@@ -319,7 +319,7 @@ class Simulate:
     """Simulate tokens as interacting particles, dx/dt = P_x[softmax attention], and draw what becomes of them.
 
     phase: share of merged pairs over time and inverse temperature. strip: clusters on circle and sphere. causal:
-    clusters of causal attention with their Renyi centres. spectrum: where particles end, by the leading eigenvalue of V.
+    clusters of causal attention with their Renyi centres. spectrum: where particles end, by V's leading eigenvalue.
     mean-field: distance of n particles to their limit. Each writes NAME.png and NAME.csv.
 
     For example:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from rich.text import Text
@@ -180,12 +180,12 @@ def fit_table(report: "FitReport") -> RenderableType:
 
 def study_table(study: "Study") -> RenderableType:
     """What a simulation comes to."""
-    table = Table(title=study.title, title_justify="left", caption="; ".join(study.papers), caption_justify="left")
-    table.add_column(study.name)
-    table.add_column("", justify="right")
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
     for name, value in study.facts.items():
         table.add_row(name, value if isinstance(value, str) else f"{value:.4g}")
-    return table
+    return Group(Text(f"{study.name}: {study.title}", "bold"), table, *(Text(paper, "dim") for paper in study.papers))
 
 
 def study_json(studies: "list[Study]", folder: Path) -> str:

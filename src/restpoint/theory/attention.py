@@ -13,7 +13,7 @@ from restpoint.errors import RestpointError
 from restpoint.theory.maps import Heads, Maps, at
 from restpoint.theory.sphere import project
 
-_BLOCK = 2**20  # scores held at once: 8 MiB, near the size of a cache
+_BLOCK = 2**19  # scores held at once: 4 MiB, so that a cache can hold them
 _LARGEST_EXPONENT = 700.0  # of float64, with room for a sum over particles
 
 Drift = Callable[[Tensor, float], Tensor]
@@ -95,8 +95,8 @@ class SelfAttention:
             seen = stop if self.causal else count
             scores = queries[..., start:stop, :] @ keys[..., :seen, :].mT
             if self.causal:
-                later = torch.ones(stop - start, seen, dtype=torch.bool, device=keys.device).triu(start + 1)
-                scores.masked_fill_(later, -math.inf)
+                later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=keys.device).triu(1)
+                scores[..., start:].masked_fill_(later, -math.inf)
             largest = scores.amax(-1, keepdim=True)
             if self.normalised:
                 weights = scores.sub_(largest).exp_()

@@ -1,9 +1,10 @@
 """Particles through time: fixed Runge-Kutta steps, adaptive ones, or layers."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float64
@@ -98,7 +99,7 @@ def evolve(
         RestpointError: at once, where times, step, tolerances or start make no sense; later, where the step is too
             large for the system, or a state stops being finite.
     """
-    if len(times) == 0 or any(not later > earlier for earlier, later in zip(times, times[1:], strict=False)):
+    if len(times) == 0 or any(not later > earlier for earlier, later in itertools.pairwise(times)):
         raise RestpointError("times must increase and hold one time at least")
     if not isinstance(scheme, Adaptive) and not (math.isfinite(scheme.step) and scheme.step > 0):
         raise RestpointError(f"step is {scheme.step}; give a positive time")
@@ -111,7 +112,7 @@ def evolve(
     def states() -> Iterator[Tensor]:
         now = first
         yield now
-        for earlier, later in zip(times, times[1:], strict=False):
+        for earlier, later in itertools.pairwise(times):
             now = advance(system, now, earlier, later, scheme, keep)
             yield now
 
@@ -140,9 +141,7 @@ def _diverged() -> RestpointError:
 Keep = Callable[[Tensor], Tensor]
 
 
-def _runge_kutta(
-    system: System, states: Tensor, start: float, stop: float, scheme: RungeKutta, keep: Keep
-) -> Tensor:
+def _runge_kutta(system: System, states: Tensor, start: float, stop: float, scheme: RungeKutta, keep: Keep) -> Tensor:
     count = max(1, math.ceil((stop - start) / scheme.step - 1e-9))
     step = (stop - start) / count
     middle = 0.5 * step
@@ -184,7 +183,9 @@ def _check_reaction(states: Tensor, k1: Tensor, k2: Tensor, k3: Tensor, time: fl
 
 
 def _too_large(step: float, time: float, what: str, share: float) -> RestpointError:
-    return RestpointError(f"step: one of {step:.3g} at time {time:.4g} {what}; give a step below {0.9 * share * step:.2g}")
+    return RestpointError(
+        f"step: one of {step:.3g} at time {time:.4g} {what}; give a step below {0.9 * share * step:.2g}"
+    )
 
 
 def _layers(system: System, states: Tensor, start: float, stop: float, scheme: Layers, keep: Keep) -> Tensor:
@@ -208,7 +209,7 @@ def _adaptive(system: System, states: Tensor, start: float, stop: float, scheme:
         ) from error
     span = torch.tensor([start, stop], dtype=states.dtype, device=states.device)
     try:
-        ends = odeint(
+        ends: Any = odeint(
             lambda time, x: system.velocity(x, float(time)),
             states,
             span,

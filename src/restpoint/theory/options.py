@@ -25,11 +25,11 @@ class SimulateOptions:
     seeds: Number = None
     """Random starts of each system (4; strip: 1; mean-field: 16)."""
     betas: Betas = ()
-    """Inverse temperatures (phase: 24 from 0.1 to 9; strip and spectrum: 9; causal: 64; mean-field: 4; head: 0.25, 1 and
-    4, where 1 is the model's own). All but phase and head take one."""
+    """Inverse temperatures (phase: 24 from 0.1 to 9; strip and spectrum: 9; causal: 64; mean-field: 4; head: 0.25, 1
+    and 4, where 1 is the model's own). All but phase and head take one."""
     time: Time = None
     """Time at the end; a layer that adds as much as the state itself lasts 1 (phase and strip: 30; causal: 100;
-    spectrum: 300; mean-field: 2; head: 40)."""
+    spectrum: 300; mean-field: 1; head: 40)."""
     step: Time = None
     """Largest step of the Runge-Kutta scheme (0.1; spectrum: 0.25); refused where the system reacts faster."""
     seed: int = 0

@@ -77,10 +77,10 @@ def strip(options: SimulateOptions) -> Study:
         start = uniform_start(n, dim, seed=options.seed)
         states = record(identity_attention(beta, dim), start, times, RungeKutta(options.step or _STEP))
         arrays[name] = states.numpy()
-        facts[f"clusters on the {name}, time 0"] = int(seen.cluster_count(states[0]))
-        facts[f"clusters on the {name}, time {end:g}"] = int(seen.cluster_count(states[-1]))
+        facts[f"clusters on the {name}, time 0"] = float(seen.cluster_count(states[0]))
+        facts[f"clusters on the {name}, time {end:g}"] = float(seen.cluster_count(states[-1]))
         for time, now in zip(times, states.tolist(), strict=True):
-            rows += [(name, time, k, *(x + [""])[:3]) for k, x in enumerate(now)]
+            rows += [(name, time, k, *([*x, ""])[:3]) for k, x in enumerate(now)]
     title = f"Clusters of n = {n} particles, beta = {beta:g}"
     return Study("strip", title, facts, ("on", "time", "particle", "x", "y", "z"), rows, arrays, (PERSPECTIVE,))
 
@@ -97,11 +97,12 @@ def causal(options: SimulateOptions) -> Study:
     start = uniform_start(seeds, n, 2, seed=options.seed)
     strong, centres = seen.strong_renyi_centres(start, delta), seen.renyi_centres(start, delta)
     system, scheme = identity_attention(beta, 2, causal=True), RungeKutta(options.step or _STEP)
+    drawn = int((centres & ~strong).sum(-1).argmax())
     rows, kept, held, shift = [], [], [], torch.zeros(seeds, n)
     for time, now in zip(times, evolve(system, start, times, scheme), strict=True):
         shift = seen.geodesic_distance(now, start)
         held.append([_held(now, chosen, delta) for chosen in (strong, centres)])
-        kept.append(now[0].numpy())
+        kept.append(now[drawn].numpy())
         count = float(seen.cluster_count(now).double().mean())
         rows.append((time, count, *held[-1], float(shift[strong].mean()), float(shift[centres].mean())))
     share = delta / math.pi
@@ -121,8 +122,8 @@ def causal(options: SimulateOptions) -> Study:
         {
             "times": np.array(times),
             "states": np.stack(kept),
-            "strong": strong[0].numpy(),
-            "centres": centres[0].numpy(),
+            "strong": strong[drawn].numpy(),
+            "centres": centres[drawn].numpy(),
             "held": np.array(held),
         },
         (CAUSAL,),
@@ -161,7 +162,7 @@ def spectrum(options: SimulateOptions) -> Study:
     ]
     return Study(
         "spectrum",
-        f"Causal attention by the spectrum of V: n = {n} particles, d = 3, beta = {beta:g}, time {end:g}, {seeds} starts",
+        f"Causal attention by the spectrum of V: n = {n}, d = 3, beta = {beta:g}, time {end:g}, {seeds} starts",
         {f"clusters, V = diag({row[0]})": row[3] for row in rows},
         (
             "eigenvalues",
@@ -185,10 +186,10 @@ def mean_field(options: SimulateOptions) -> Study:
     Particles start independently with the density (1 + cos(angle) / 2) / 2 pi. The limit is a system of many particles
     that start at that density's quantiles. Dobrushin's estimate carries the rate of the start, n^-1/2, through time.
     """
-    most, seeds, beta, end = options.particles or 512, options.seeds or 16, options.one_beta(4.0), options.time or 2.0
-    counts = [count for count in (8, 16, 32, 64, 128, 256, 512, 1024, 2048) if count < most] + [most]
+    most, seeds, beta, end = options.particles or 512, options.seeds or 16, options.one_beta(4.0), options.time or 1.0
+    counts = [count for count in (32, 64, 128, 256, 512, 1024, 2048) if count < most] + [most]
     if len(counts) < 2:
-        raise RestpointError(f"particles is {most}; a limit needs at least 9")
+        raise RestpointError(f"particles is {most}; a limit needs at least 33")
     system, scheme = identity_attention(beta, 2), RungeKutta(options.step or _STEP)
     quantiles = (torch.arange(4 * most, dtype=torch.float64) + 0.5) / (4 * most)
     limit = _angles_at(system, _quantile(quantiles), end, scheme)

@@ -15,7 +15,7 @@ def project(
 
 
 def retract(states: Float64[Tensor, "*batch n dim"]) -> Float64[Tensor, "*batch n dim"]:
-    """x / |x| for every particle.
+    """X / |x| for every particle.
 
     Raises:
         RestpointError: one is the zero vector or not finite.

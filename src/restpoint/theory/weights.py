@@ -39,10 +39,11 @@ def read_heads(layered: LayeredModel, layer: int, heads: Sequence[int] | None = 
     """A layer's heads acting on states x = h / |h|: scores xᵀ (QᵀK) y with the model's scaling, and V y.
 
     The norm before attention gives d^1/2 G x for a unit vector x, with its gain G (and, for a LayerNorm, its centring),
-    so QᵀK = d s G Qᵀ K G with the model's scaling s of scores, and V = d^1/2 O V G with the head's columns O of the output
-    map. Heads that share keys and values (grouped queries) each get their group's. Left out are rotary and other
-    positions, biases and windows: what remains is the content part of the attention, so numbers hold for the map and
-    not for the model. Value and output maps are compared with what the layer's own attention makes of a single token.
+    so QᵀK = d s G Qᵀ K G with the model's scaling s of scores, and V = d^1/2 O V G with the head's columns O of the
+    output map. Heads that share keys and values (grouped queries) each get their group's. Left out are rotary and
+    other positions, biases and windows: what remains is the content part of the attention, so numbers hold for the
+    maps and not for the model. Value and output maps are compared with what the layer's own attention makes of a
+    single token.
 
     Args:
         layered: the model.
@@ -65,7 +66,7 @@ def read_heads(layered: LayeredModel, layer: int, heads: Sequence[int] | None = 
         bends.append("attn_logit_softcapping")
     if bends:
         raise _refusal(where, f"its {bends[0]} makes scores no product <Qx, Ky>")
-    groups, each = key.shape[0], query.shape[1]
+    groups, _each = key.shape[0], query.shape[1]
     count = query.shape[0]
     chosen = list(range(count)) if heads is None else list(heads)
     if not chosen or not all(0 <= head < count for head in chosen):
@@ -85,7 +86,9 @@ def _projections(block: nn.Module, where: str) -> tuple[nn.Module, nn.Module, Te
     names = {*_FUSED, *(triple[0] for triple in _SEPARATE), "q_a_proj"}
     owners = [module for module in block.modules() if any(hasattr(module, name) for name in names)]
     if not owners:
-        raise _refusal(where, "it has no self-attention whose projections are called q_proj, c_attn, query_key_value, ..")
+        raise _refusal(
+            where, "it has no self-attention whose projections are called q_proj, c_attn, query_key_value, .."
+        )
     attention = owners[0]
     outputs = [name for name in _OUTPUT if isinstance(getattr(attention, name, None), nn.Module)]
     if not outputs:
@@ -138,7 +141,9 @@ def _split(fused: Tensor, name: str, count: int, each: int, where: str) -> tuple
     """Queries, keys and values of one matrix: interleaved by head or one kind after another."""
     rest = fused.shape[0] - count * each
     if rest <= 0 or rest % (2 * each):
-        raise _refusal(where, f"its {name} has {fused.shape[0]} rows, not those of {count} heads of {each} with keys, values")
+        raise _refusal(
+            where, f"its {name} has {fused.shape[0]} rows, not those of {count} heads of {each} with keys, values"
+        )
     groups = rest // (2 * each)
     if name == "query_key_value":
         parts = fused.unflatten(0, (groups, count // groups + 2, each))
@@ -159,7 +164,9 @@ def _check_and_gain(
     actual = (made - made[:1])[1:]  # biases cancel
     difference = float((expected - actual).norm() / actual.norm())
     if not difference < _TOLERANCE * (1 if layered.dtype == torch.float32 else 30):
-        raise _refusal(where, f"its value and output maps differ from its own attention by {difference:.1g} of its output")
+        raise _refusal(
+            where, f"its value and output maps differ from its own attention by {difference:.1g} of its output"
+        )
     source = next((module for module, result in outputs if result is inside[0]), None)
     return _gain(source, given.shape[-1], layered, where)
 
@@ -182,9 +189,12 @@ def _seen(attention: nn.Module, carried: nn.Module) -> Iterator[list[Tensor]]:
     def note_input(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         found.append(args[0] if args else keywords["hidden_states"])
 
+    def note_output(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        found.append(output)
+
     hooks = (
         attention.register_forward_pre_hook(note_input, with_kwargs=True),
-        carried.register_forward_hook(lambda _module, _args, output: found.append(output)),
+        carried.register_forward_hook(note_output),
     )
     try:
         yield found

@@ -16,7 +16,7 @@ from restpoint.errors import RestpointError
 
 
 def directions(states: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch tokens dim"]:
-    """x / |x| for every token.
+    """X / |x| for every token.
 
     Raises:
         RestpointError: a state is the zero vector, or is not finite.
@@ -119,8 +119,9 @@ def cluster_count(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3)
 
 
 def cluster_labels(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3) -> Int[Tensor, "*batch tokens"]:
-    """For every token, the lowest index in its connected component: tokens share a label if and only if a chain of
-    neighbours with <x_i, x_j> > 1 - tau joins them.
+    """For every token, the lowest index in its connected component.
+
+    Tokens share a label if and only if a chain of neighbours with <x_i, x_j> > 1 - tau joins them.
     """
     adjacent = _adjacent(states, tau)
     count = states.shape[-2]
@@ -144,7 +145,9 @@ def cluster_rank(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3) 
 
 def _adjacent(states: Tensor, tau: float) -> Tensor:
     if not 0 < tau < 2:
-        raise RestpointError(f"tau is {tau}; give a distance between 0 and 2, such as 1e-3: pairs above 1 - tau are near")
+        raise RestpointError(
+            f"tau is {tau}; give a distance between 0 and 2, such as 1e-3: pairs above 1 - tau are near"
+        )
     near = cosines(states) > 1 - tau
     return near | torch.eye(states.shape[-2], dtype=torch.bool, device=states.device)
 
@@ -225,7 +228,7 @@ def _near(states: Tensor, delta: float) -> Tensor:
 
 
 def effective_rank(states: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch"]:
-    """exp of the entropy of the normalised eigenvalues of the tokens' covariance: 1 on a line, dim for an even cloud.
+    """Exp of the entropy of the normalised eigenvalues of the tokens' covariance: 1 on a line, dim for an even cloud.
 
     The states are taken as they are, not their directions. 0 where all tokens coincide.
 
