@@ -61,7 +61,9 @@ def main(options: Options) -> None:
     velocities = options.steps * (1 if options.scheme == "layers" else 4)
     products = velocities * 4 * n * n * dim * (0.5 if options.causal else 1)
     kind = "causal" if options.causal else "full"
-    print(f"{n} particles, d = {dim}, {options.steps} {options.scheme} steps, {kind}, {torch.get_num_threads()} threads")
+    print(
+        f"{n} particles, d = {dim}, {options.steps} {options.scheme} steps, {kind}, {torch.get_num_threads()} threads"
+    )
     print(f"{seconds:.1f} s, {seconds / velocities * 1e3:.2f} ms a velocity, {products / seconds / 1e9:.1f} GFLOP/s")
     print(f"peak memory {_peak():.0f} MiB, of which {before:.0f} MiB before the first step")
     print(f"effective rank at the end {rank:.2f}")

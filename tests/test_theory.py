@@ -1,6 +1,7 @@
 """The particle system against closed forms, SciPy, theorems and a model's own attention."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -237,6 +238,15 @@ def test_runge_kutta_is_of_fourth_order():
     assert errors[1] < 1e-5
 
 
+def test_adaptive_steps_say_what_they_lack(monkeypatch):
+    system, x = ssm(1.0, 1.0), torch.ones(1, 1, dtype=DOUBLE)
+    with pytest.raises(RestpointError, match=r"scheme: dopri5 cannot go on between times 0 and 1 .*underflow"):
+        record(system, x, [0.0, 1.0], Adaptive())  # infinite before 0.38
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(RestpointError, match=r"torchdiffeq; run `pip install restpoint\[theory\]`"):
+        record(system, x, [0.0, 0.1], Adaptive())
+
+
 def test_layers_become_the_flow():
     """Euler's error halves with the step."""
     system, x = identity_attention(4.0, 3), uniform_start(8, 3)
@@ -388,7 +398,7 @@ def test_a_step_outside_the_stability_region_is_named(step, system, says):
     with pytest.raises(RestpointError, match=says) as error:
         record(system, start, [0.0, 100.0], RungeKutta(step))
     remedy = float(str(error.value).rsplit(" ", 1)[1])
-    assert bool(record(system, start, [0.0, 20 * remedy], RungeKutta(0.9 * remedy)).isfinite().all())
+    assert bool(record(system, start, [0.0, 20 * remedy], RungeKutta(0.5 * remedy)).isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,10 @@ class Heads:
         """Coordinates of a token."""
         return self.value.shape[-1]
 
+    def to(self, device: torch.device | str) -> "Heads":
+        """The same maps on a device."""
+        return Heads(self.query_key.to(device), self.value.to(device))
+
     @classmethod
     def identity(cls, dim: int, device: torch.device | str | None = None) -> "Heads":
         """One head with QᵀK = V = I, the case that most theorems are about."""
