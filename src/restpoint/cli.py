@@ -18,6 +18,7 @@ from restpoint.errors import RestpointError
 from restpoint.evaluate.options import BenchOptions
 from restpoint.fit.options import FitOptions
 from restpoint.flags import File, Flag, Folder, Name, Number
+from restpoint.theory.options import SimulateOptions, chosen
 
 if TYPE_CHECKING:  # torch and transformers are imported by the verbs that need them: help is there at once
     from restpoint.generate import Decoder
@@ -38,6 +39,7 @@ Examples:
   restpoint generate MODEL --profile profile/ "Once upon a time"
   restpoint generate MODEL --drafters lookup recycling "Once upon a time"
   restpoint bench --quick --plot bench.png          side by side with the baselines, under a minute
+  restpoint simulate -o theory/                     tokens as interacting particles: pictures and tables
 
 `restpoint VERB --help` explains a verb. `--version` prints the version. `--debug`, anywhere, shows the traceback of an
 error. Exit codes: 0 done, 1 a fault of restpoint's own, 2 a request that cannot be met, 130 interrupted."""
@@ -312,12 +314,69 @@ class Bench:
             chart.draw(report, self.plot)
 
 
+@dataclass(frozen=True)
+class Simulate:
+    """Simulate tokens as interacting particles, dx/dt = P_x[softmax attention], and draw what becomes of them.
+
+    phase: share of merged pairs over time and inverse temperature. strip: clusters on circle and sphere. causal:
+    clusters of causal attention with their Renyi centres. spectrum: where particles end, by V's leading eigenvalue.
+    mean-field: distance of n particles to their limit. Each writes NAME.png and NAME.csv.
+
+    For example:
+      restpoint simulate -o theory/
+      restpoint simulate phase causal --seeds 8 --time 60 -o theory/
+      restpoint simulate --from reference --layer 4 --head 1 -o theory/
+    """
+
+    studies: Annotated[Positional[tuple[str, ...]], arg(metavar="[STUDY ...]", help_behavior_hint="")] = ()
+    """phase, strip, causal, spectrum, mean-field; all if left out."""
+    source: Annotated[str | None, arg(name="from", metavar="MODEL", help_behavior_hint="")] = None
+    """Take Q, K and V from a head of this model instead: a checkpoint folder, Hub name, or `reference`."""
+    layer: int = 0
+    """Layer of that head, from 0."""
+    head: int = 0
+    """Its index in the layer."""
+    output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("simulations")
+    """Folder that pictures and tables are written to."""
+    json: Flag = False
+    """Print JSON instead of tables."""
+    sizes: SimulateOptions = field(default_factory=SimulateOptions)
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Simulate, draw, write, show."""
+        names = chosen(self.studies, self.source is not None)
+        from restpoint.theory.pictures import draw
+        from restpoint.theory.simulate import RUN, head
+
+        found = []
+        for name in console.counted(names, "simulate"):
+            if self.source is None:
+                study = RUN[name](self.sizes)
+            else:
+                from restpoint.model.layered import LayeredModel
+                from restpoint.theory.weights import read_heads
+
+                read = read_heads(LayeredModel(self.loading.load(self.source).model), self.layer, [self.head])
+                study = head(self.sizes, read, f"head {self.head} of layer {self.layer} of {self.source}")
+            study.write_csv(self.output / f"{name}.csv")
+            draw(study, self.output / f"{name}.png")
+            found.append(study)
+        if self.json:
+            print(console.study_json(found, self.output))
+            return
+        for study in found:
+            console.show(console.study_table(study))
+        console.show(f"Pictures and tables are in {self.output}")
+
+
 Verb = (
     Annotated[Check, subcommand("check")]
     | Annotated[Fit, subcommand("fit")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Index, subcommand("index")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Simulate, subcommand("simulate")]
 )
 
 

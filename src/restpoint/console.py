@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.generation import Piece
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
+    from restpoint.theory.study import Study
 
 Item = TypeVar("Item")
 
@@ -175,6 +177,32 @@ def fit_table(report: "FitReport") -> RenderableType:
             style="bold" if chosen else "",
         )
     return table
+
+
+def study_table(study: "Study") -> RenderableType:
+    """What a simulation comes to."""
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in study.facts.items():
+        table.add_row(name, value if isinstance(value, str) else f"{value:.4g}")
+    return Group(Text(f"{study.name}: {study.title}", "bold"), table, *(Text(paper, "dim") for paper in study.papers))
+
+
+def study_json(studies: "list[Study]", folder: Path) -> str:
+    """The same for programs, with the files that hold the rest."""
+    content = [
+        {
+            "study": study.name,
+            "title": study.title,
+            "facts": study.facts,
+            "papers": study.papers,
+            "table": str(folder / f"{study.name}.csv"),
+            "picture": str(folder / f"{study.name}.png"),
+        }
+        for study in studies
+    ]
+    return json.dumps(content, indent=1)
 
 
 def _share(value: float | None) -> str:

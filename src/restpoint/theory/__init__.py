@@ -1,0 +1,1 @@
+"""Token dynamics in theory: tokens as interacting particles, layers as time."""
