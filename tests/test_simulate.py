@@ -1,6 +1,7 @@
 """The studies: their numbers, their files, and the command that makes them."""
 
 import csv
+import itertools
 import json
 import math
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from restpoint.cli import main
 from restpoint.errors import RestpointError
 from restpoint.model.layered import LayeredModel
-from restpoint.theory.options import HEAD, STUDIES, SimulateOptions, chosen
+from restpoint.theory.options import HEAD, LAYERS, STUDIES, SimulateOptions, chosen
 from restpoint.theory.pictures import draw
 from restpoint.theory.simulate import RUN, SPECTRA, causal, head, mean_field, phase, spectrum, strip
 from restpoint.theory.weights import read_heads
@@ -132,18 +133,44 @@ def test_simulate_shows_what_it_found(tmp_path, capsys):
 
 def test_simulate_takes_a_head_from_a_model(tmp_path, capsys):
     words = ["--layer", "4", "--head", "1", "--particles", "6", "--seeds", "1", "--time", "1", "--betas", "1"]
-    assert main(["simulate", "--from", "reference", *words, "--json", "-o", str(tmp_path)]) == 0
+    assert main(["simulate", "head", "--from", "reference", *words, "--json", "-o", str(tmp_path)]) == 0
     (content,) = json.loads(capsys.readouterr().out)
     assert content["study"] == HEAD
     assert "head 1 of layer 4 of reference: n = 6, d = 256, causal" in content["title"]
     assert (tmp_path / "head.png").stat().st_size > 10_000
 
 
+def test_simulate_holds_the_layers_of_a_model_against_theory(tmp_path, capsys):
+    words = ["layers", "--from", "reference", "--seeds", "2", "--particles", "20", "--json"]
+    assert main(["simulate", *words, "-o", str(tmp_path)]) == 0
+    (content,) = json.loads(capsys.readouterr().out)
+    assert content["facts"]["texts, tokens"] == "2, 40"
+    assert content["facts"]["left out of the particles"] == "rotary positions"
+    with (tmp_path / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["level"]) for row in rows] == list(range(17))
+    assert rows[-1]["next_layer_contraction"] == "" != rows[0]["next_layer_contraction"]
+    for row, after in itertools.pairwise(rows):
+        change = float(after["mean_cosine"]) - float(row["mean_cosine"])
+        assert float(row["next_layer_contraction"]) == pytest.approx(change, abs=1e-9)
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
+    text = tmp_path / "text.txt"
+    text.write_text("One text of some length, to be read.")
+    assert main(["simulate", *words, "--text", str(text), "-o", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["facts"]["texts, tokens"].startswith("1, ")
+
+
 def test_help_teaches_without_torch():
     code = "import sys; from restpoint.cli import main; print(main(['simulate', '--help']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("0 False")
-    for word in ("For example:", "restpoint simulate --from reference --layer 4", "mean-field", "--betas", "--json"):
+    for word in (
+        "For example:",
+        "restpoint simulate head --from reference --layer 4",
+        "mean-field",
+        "--betas",
+        "--json",
+    ):
         assert word in done.stdout
 
 
@@ -151,8 +178,9 @@ def test_help_teaches_without_torch():
     ("arguments", "says"),
     [
         (["phases"], "studies: 'phases' is unknown; choose from phase, strip"),
-        (["head"], "studies: head needs a model; give --from"),
-        (["phase", "--from", "reference"], "studies: --from simulates a model's head"),
+        (["head"], "studies: head is a study of a model; give --from"),
+        (["phase", "--from", "reference"], "studies: phase is not a study of a model; leave out --from"),
+        (["layers", "--from", "reference", "--particles", "2"], "particles is 2; the layers of a model need"),
         (["--from", "reference", "--layer", "99"], "layer is 99; the model has layers 0 to 15"),
         (["--from", "reference", "--head", "99"], "head: [99] is not among heads"),
         (["strip", "--betas", "1", "2"], "betas: this study takes one"),
@@ -197,7 +225,8 @@ def test_an_interrupted_picture_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def test_chosen_studies():
-    assert chosen((), head=False) == STUDIES
-    assert chosen(("strip", "phase", "strip"), head=False) == ("strip", "phase")
-    assert chosen((), head=True) == chosen((HEAD,), head=True) == (HEAD,)
+    assert chosen((), model=False) == STUDIES
+    assert chosen(("strip", "phase", "strip"), model=False) == ("strip", "phase")
+    assert chosen((), model=True) == (LAYERS, HEAD)
+    assert chosen((HEAD,), model=True) == (HEAD,)
     assert tuple(RUN) == STUDIES

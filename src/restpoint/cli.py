@@ -11,19 +11,22 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from restpoint import console
-from restpoint.bundled import PROFILE_PATH, fit_texts
+from restpoint.bundled import PROFILE_PATH, fit_texts, prompts
 from restpoint.corpus import REFERENCE, model_and_prompt, read_texts
 from restpoint.decode.settings import SamplingSettings
 from restpoint.errors import RestpointError
 from restpoint.evaluate.options import BenchOptions
 from restpoint.fit.options import FitOptions
 from restpoint.flags import File, Flag, Folder, Name, Number
-from restpoint.theory.options import SimulateOptions, chosen
+from restpoint.theory.options import HEAD, LAYERS, SimulateOptions, chosen
 
 if TYPE_CHECKING:  # torch and transformers are imported by the verbs that need them: help is there at once
+    from collections.abc import Callable
+
     from restpoint.generate import Decoder
     from restpoint.model.load import Loaded
     from restpoint.profile import Profile
+    from restpoint.theory.study import Study
 
 _ABSENT = "\0"  # no argument of a command line can be this
 
@@ -320,22 +323,27 @@ class Simulate:
 
     phase: share of merged pairs over time and inverse temperature. strip: clusters on circle and sphere. causal:
     clusters of causal attention with their Renyi centres. spectrum: where particles end, by V's leading eigenvalue.
-    mean-field: distance of n particles to their limit. Each writes NAME.png and NAME.csv.
+    mean-field: distance of n particles to their limit. With --from MODEL, layers: what every layer does to the tokens
+    of a text, beside what its heads would do to particles; head: particles under the Q, K and V of one head. Each
+    writes NAME.png and NAME.csv.
 
     For example:
       restpoint simulate -o theory/
       restpoint simulate phase causal --seeds 8 --time 60 -o theory/
-      restpoint simulate --from reference --layer 4 --head 1 -o theory/
+      restpoint simulate layers --from MODEL --text corpus.jsonl -o theory/
+      restpoint simulate head --from reference --layer 4 --head 1 -o theory/
     """
 
     studies: Annotated[Positional[tuple[str, ...]], arg(metavar="[STUDY ...]", help_behavior_hint="")] = ()
-    """phase, strip, causal, spectrum, mean-field; all if left out."""
+    """phase, strip, causal, spectrum, mean-field; with --from: layers, head. All if left out."""
     source: Annotated[str | None, arg(name="from", metavar="MODEL", help_behavior_hint="")] = None
-    """Take Q, K and V from a head of this model instead: a checkpoint folder, Hub name, or `reference`."""
+    """Take Q, K and V from this model: a checkpoint folder, Hub name, or `reference`."""
     layer: int = 0
-    """Layer of that head, from 0."""
+    """Layer of the head, from 0."""
     head: int = 0
     """Its index in the layer."""
+    text: Annotated[tuple[Path, ...], arg(metavar="FILE ...", help_behavior_hint="")] = ()
+    """What the study layers reads: plain text, or .jsonl with a field `text`. Bundled prompts if left out."""
     output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("simulations")
     """Folder that pictures and tables are written to."""
     json: Flag = False
@@ -347,18 +355,12 @@ class Simulate:
         """Simulate, draw, write, show."""
         names = chosen(self.studies, self.source is not None)
         from restpoint.theory.pictures import draw
-        from restpoint.theory.simulate import RUN, head
+        from restpoint.theory.simulate import RUN
 
+        run = RUN if self.source is None else self._of_model(self.source, names)
         found = []
         for name in console.counted(names, "simulate"):
-            if self.source is None:
-                study = RUN[name](self.sizes)
-            else:
-                from restpoint.model.layered import LayeredModel
-                from restpoint.theory.weights import read_heads
-
-                read = read_heads(LayeredModel(self.loading.load(self.source).model), self.layer, [self.head])
-                study = head(self.sizes, read, f"head {self.head} of layer {self.layer} of {self.source}")
+            study = run[name](self.sizes)
             study.write_csv(self.output / f"{name}.csv")
             draw(study, self.output / f"{name}.png")
             found.append(study)
@@ -368,6 +370,22 @@ class Simulate:
         for study in found:
             console.show(console.study_table(study))
         console.show(f"Pictures and tables are in {self.output}")
+
+    def _of_model(self, source: str, names: tuple[str, ...]) -> "dict[str, Callable[[SimulateOptions], Study]]":
+        """The studies of a model, by name."""
+        from restpoint.model.layered import LayeredModel
+        from restpoint.theory.simulate import head, layers
+        from restpoint.theory.weights import read_heads
+
+        loaded = self.loading.load(source)
+        layered = LayeredModel(loaded.model)
+        texts = read_texts(self.text) if self.text else (prompt.text for prompt in prompts())
+        ids = (list(loaded.tokenizer(text).input_ids) for text in texts)
+        run = {LAYERS: lambda sizes: layers(sizes, layered, ids, source)}
+        if HEAD in names:
+            read = read_heads(layered, self.layer, [self.head])
+            run[HEAD] = lambda sizes: head(sizes, read, f"head {self.head} of layer {self.layer} of {source}")
+        return run
 
 
 Verb = (

@@ -10,7 +10,8 @@ from restpoint.errors import RestpointError
 from restpoint.flags import Number
 
 STUDIES = ("phase", "strip", "causal", "spectrum", "mean-field")
-HEAD = "head"
+LAYERS, HEAD = "layers", "head"
+MODEL_STUDIES = (LAYERS, HEAD)
 
 Betas = Annotated[tuple[float, ...], arg(metavar="BETA ...", help_behavior_hint="")]
 Time = Annotated[float | None, arg(metavar="TIME", help_behavior_hint="")]
@@ -21,9 +22,10 @@ class SimulateOptions:
     """Sizes of the simulations; what is left out is as in the papers."""
 
     particles: Number = None
-    """Tokens of each system (32; causal: 200; mean-field: the largest of several numbers, 512)."""
+    """Tokens of each system (32; causal: 200; mean-field: the largest of several numbers, 512; layers: of each text,
+    128)."""
     seeds: Number = None
-    """Random starts of each system (4; strip: 1; mean-field: 16)."""
+    """Random starts of each system (4; strip: 1; mean-field: 16; layers: texts, 16)."""
     betas: Betas = ()
     """Inverse temperatures (phase: 24 from 0.1 to 9; strip and spectrum: 9; causal: 64; mean-field: 4; head: 0.25, 1
     and 4, where 1 is the model's own). All but phase and head take one."""
@@ -60,17 +62,17 @@ class SimulateOptions:
         return self.betas[0] if self.betas else default
 
 
-def chosen(studies: tuple[str, ...], head: bool) -> tuple[str, ...]:
-    """The studies to run: those named, else all; with a model's head, that one.
+def chosen(studies: tuple[str, ...], model: bool) -> tuple[str, ...]:
+    """The studies to run: those named, else all; with a model, those of a model.
 
     Raises:
-        RestpointError: a name is unknown, or does not go with a model's head.
+        RestpointError: a name is unknown, or goes only with a model or only without one.
     """
-    unknown = [name for name in studies if name not in (*STUDIES, HEAD)]
-    if unknown:
-        raise RestpointError(f"studies: {unknown[0]!r} is unknown; choose from {', '.join((*STUDIES, HEAD))}")
-    if head and set(studies) - {HEAD}:
-        raise RestpointError("studies: --from simulates a model's head, which is the study head; leave the others out")
-    if not head and HEAD in studies:
-        raise RestpointError("studies: head needs a model; give --from MODEL --layer L --head H")
-    return (HEAD,) if head else tuple(dict.fromkeys(studies)) or STUDIES
+    known = MODEL_STUDIES if model else STUDIES
+    for name in studies:
+        if name not in (*STUDIES, *MODEL_STUDIES):
+            raise RestpointError(f"studies: {name!r} is unknown; choose from {', '.join((*STUDIES, *MODEL_STUDIES))}")
+        if name not in known:
+            remedy = "leave out --from" if model else "give --from MODEL"
+            raise RestpointError(f"studies: {name} is {'not ' if model else ''}a study of a model; {remedy}")
+    return tuple(dict.fromkeys(studies)) or known

@@ -107,6 +107,46 @@ def _head(study: Study, figure: Any) -> None:
         axes.legend(title="beta", frameon=False, fontsize=8)
 
 
+def _layers(study: Study, figure: Any) -> None:
+    arrays = study.arrays
+    (contraction, attraction), (cloud, residual) = figure.subplots(2, 2)
+    steps = np.arange(len(arrays["step layer_contraction"]))
+    for axes, label, lines in (
+        (
+            contraction,
+            "change of the mean cosine",
+            (
+                ("layer_contraction", "whole layer"),
+                ("attention_contraction", "its attention"),
+                ("particle_contraction", "particles"),
+            ),
+        ),
+        (
+            attraction,
+            "change of the angle to the first token",
+            (("to_first", "whole layer"), ("particle_to_first", "particles")),
+        ),
+        (
+            residual,
+            "length added, by the state's",
+            (("added_by_rest", "MLP"), ("added_by_attention", "attention")),
+        ),
+    ):
+        colours = (_CENTRE, _PLAIN, _STRONG) if len(lines) == 3 else (_CENTRE, _STRONG)
+        for (name, title), colour in zip(lines, colours, strict=True):
+            axes.plot(steps, arrays[f"step {name}"], "o-", markersize=3, color=colour, label=title)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(label)
+        axes.legend(frameon=False, fontsize=8)
+    for axes in (contraction, attraction):
+        axes.axhline(0, color="#bbbbbb", linewidth=0.8)
+    residual.set_yscale("log")
+    cloud.plot(arrays["level"], arrays["mean_cosine"], "o-", markersize=3, color=_PLAIN, label="mean cosine")
+    cloud.plot(arrays["level"], arrays["log_energy"], "o-", markersize=3, color=_STRONG, label="log energy")
+    cloud.set_xlabel("layers run")
+    cloud.legend(frameon=False, fontsize=8)
+
+
 def _angles(axes: Any, times: np.ndarray, states: np.ndarray, colour: str, width: float, label: str = "") -> None:
     """Angles over time, with no line across the picture where a particle passes from pi to -pi."""
     for at, path in enumerate(np.arctan2(states[..., 1], states[..., 0]).T):
@@ -130,4 +170,5 @@ _PICTURES: dict[str, tuple[tuple[float, float], Callable[[Study, Any], None]]] =
     "spectrum": ((12.0, 6.4), _spectrum),
     "mean-field": ((6.4, 4.8), _mean_field),
     "head": ((9.0, 7.0), _head),
+    "layers": ((10.0, 7.0), _layers),
 }

@@ -1,6 +1,9 @@
 """The studies of `restpoint simulate`: phase diagram, clusters, causal centres, spectrum of V, mean field, a head."""
 
+import itertools
 import math
+from collections.abc import Iterable
+from dataclasses import astuple, fields
 
 import numpy as np
 import torch
@@ -8,10 +11,12 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from restpoint.errors import RestpointError
+from restpoint.model.layered import LayeredModel
 from restpoint.theory.attention import SelfAttention, identity_attention
+from restpoint.theory.confront import Level, Step, confront
 from restpoint.theory.evolve import RungeKutta, System, evolve, record
 from restpoint.theory.maps import Heads
-from restpoint.theory.options import HEAD, SimulateOptions
+from restpoint.theory.options import HEAD, LAYERS, SimulateOptions
 from restpoint.theory.sphere import uniform_start
 from restpoint.theory.study import Study
 from restpoint.theory.weights import ReadHeads
@@ -259,6 +264,44 @@ def head(options: SimulateOptions, read: ReadHeads, name: str) -> Study:
         {"times": np.array(times), "betas": betas.numpy(), "measured": np.stack(measured)},
         (PERSPECTIVE, CAUSAL),
     )
+
+
+def layers(options: SimulateOptions, layered: LayeredModel, texts: Iterable[list[int]], name: str) -> Study:
+    """Every layer of a model beside the particle system with its own heads: see :func:`confront`.
+
+    Texts are cut to so many tokens; shorter ones than 3 are left out. Full attention with V = QᵀK = I would let the
+    energy only rise; causal attention with V = I would send every token to the first.
+    """
+    length, count = options.particles or 128, options.seeds or 16
+    if length < 3:
+        raise RestpointError(f"particles is {length}; the layers of a model need texts of at least 3 tokens")
+    ids = (torch.tensor([tokens[:length]], device=layered.device) for tokens in texts if len(tokens) >= 3)
+    found = confront(layered, itertools.islice(ids, count), beta=options.one_beta(1.0))
+    levels, steps = found.levels, found.steps
+    alike, known = found.agreeing
+    first, last = levels[0], levels[-1]
+    facts: dict[str, float | str] = {
+        "texts, tokens": f"{found.texts}, {found.tokens}",
+        "mean cosine, embeddings and end": f"{first.mean_cosine:.3f}, {last.mean_cosine:.3f}",
+        "norm, embeddings and end": f"{first.norm:.3g}, {last.norm:.3g}",
+        "clusters, embeddings and end": f"{first.clusters:.1f}, {last.clusters:.1f}",
+        "angle to the first token, embeddings and end": f"{first.to_first:.2f}, {last.to_first:.2f}",
+        "layers after which the energy is lower": f"{len(found.violations)} of {len(steps)}",
+        "layers whose attention contracts or spreads as its particles do": f"{alike} of {known}",
+        "left out of the particles": ", ".join(found.left_out) or "nothing",
+    }
+    step_columns = [field.name for field in fields(Step) if field.name != "layer"]
+    rows = [
+        (*astuple(level), *(getattr(step, column) if step is not None else None for column in step_columns))
+        for level, step in itertools.zip_longest(levels, steps)
+    ]
+    arrays = {field.name: np.array([getattr(level, field.name) for level in levels]) for field in fields(Level)}
+    arrays |= {
+        f"step {column}": np.array([getattr(step, column) for step in steps], dtype=float) for column in step_columns
+    }
+    title = f"The layers of {name} beside their heads as particles"
+    columns = (*(field.name for field in fields(Level)), *(f"next_{column}" for column in step_columns))
+    return Study(LAYERS, title, facts, columns, rows, arrays, (PERSPECTIVE, CAUSAL))
 
 
 RUN = {"phase": phase, "strip": strip, "causal": causal, "spectrum": spectrum, "mean-field": mean_field}

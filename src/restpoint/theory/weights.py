@@ -243,3 +243,13 @@ def _left_out(layered: LayeredModel, attention: nn.Module) -> tuple[str, ...]:
 
 def _refusal(where: str, reason: str) -> RestpointError:
     return RestpointError(f"{where}: Q, K, V cannot be extracted, because {reason}; simulate with maps of your own")
+
+
+def attention_of(layered: LayeredModel, layer: int) -> nn.Module:
+    """The module of a layer whose output, or the first of its outputs, is what its attention gives.
+
+    Raises:
+        RestpointError: the layer has no self-attention whose projections are known.
+    """
+    where = f"model: layer {layer} of {layered.config.model_type}"
+    return _projections(layered.stack.layers[layer], where)[0]
