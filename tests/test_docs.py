@@ -216,6 +216,13 @@ def test_every_proposition_names_tests_that_exist():
         assert not missing, f"proposition {number} names tests that do not exist: {missing}"
 
 
+def test_the_theory_of_token_dynamics_names_tests_that_exist():
+    dynamics = THEORY.read_text(encoding="utf-8").partition("## Token dynamics")[2]
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", dynamics)
+    assert len(named) >= 7
+    assert not [f"{path}::{name}" for path, name in named if name not in names_of_tests(path)]
+
+
 def test_every_test_of_a_proposition_is_named():
     named = {name for tests in propositions().values() for path, name in tests if path == "tests/test_propositions.py"}
     assert named == names_of_tests("tests/test_propositions.py")

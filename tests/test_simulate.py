@@ -1,11 +1,14 @@
 """The studies: their numbers, their files, and the command that makes them."""
 
+import base64
 import csv
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from restpoint.cli import main
 from restpoint.errors import RestpointError
 from restpoint.model.layered import LayeredModel
 from restpoint.theory.options import HEAD, LAYERS, STUDIES, SimulateOptions, chosen
+from restpoint.theory.page import write_page
 from restpoint.theory.pictures import draw
 from restpoint.theory.simulate import RUN, SPECTRA, causal, head, mean_field, phase, spectrum, strip
 from restpoint.theory.weights import read_heads
@@ -158,6 +162,21 @@ def test_simulate_holds_the_layers_of_a_model_against_theory(tmp_path, capsys):
     text.write_text("One text of some length, to be read.")
     assert main(["simulate", *words, "--text", str(text), "-o", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)[0]["facts"]["texts, tokens"].startswith("1, ")
+
+
+def test_all_studies_are_on_one_page_that_needs_nothing_else(tmp_path, capsys):
+    words = ["phase", "causal", "--particles", "6", "--seeds", "1", "--time", "1", "--betas", "3"]
+    assert main(["simulate", *words, "-o", str(tmp_path)]) == 0
+    assert "index.html" in capsys.readouterr().out
+    page = (tmp_path / "index.html").read_text()
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    assert pictures == [(tmp_path / f"{name}.png").read_bytes() for name in ("phase", "causal")]
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
+    for word in ("strong Renyi centres", "Karagodin", 'href="causal.csv"', 'href="#phase"', "width=device-width"):
+        assert word in page
+    study = RUN["phase"](SimulateOptions(particles=4, seeds=1, time=1.0, betas=(1.0,)))
+    draw(replace(study, title="a < b & c"), tmp_path / "phase.png")
+    assert "<h2>a &lt; b &amp; c</h2>" in write_page([replace(study, title="a < b & c")], tmp_path).read_text()
 
 
 def test_help_teaches_without_torch():

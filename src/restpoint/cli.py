@@ -325,7 +325,7 @@ class Simulate:
     clusters of causal attention with their Renyi centres. spectrum: where particles end, by V's leading eigenvalue.
     mean-field: distance of n particles to their limit. With --from MODEL, layers: what every layer does to the tokens
     of a text, beside what its heads would do to particles; head: particles under the Q, K and V of one head. Each
-    writes NAME.png and NAME.csv.
+    writes NAME.png and NAME.csv, and index.html has all on one page.
 
     For example:
       restpoint simulate -o theory/
@@ -354,6 +354,7 @@ class Simulate:
     def run(self) -> None:
         """Simulate, draw, write, show."""
         names = chosen(self.studies, self.source is not None)
+        from restpoint.theory.page import write_page
         from restpoint.theory.pictures import draw
         from restpoint.theory.simulate import RUN
 
@@ -364,12 +365,13 @@ class Simulate:
             study.write_csv(self.output / f"{name}.csv")
             draw(study, self.output / f"{name}.png")
             found.append(study)
+        page = write_page(found, self.output)
         if self.json:
             print(console.study_json(found, self.output))
             return
         for study in found:
             console.show(console.study_table(study))
-        console.show(f"Pictures and tables are in {self.output}")
+        console.show(f"Pictures and tables are in {self.output}, all on one page in {page}")
 
     def _of_model(self, source: str, names: tuple[str, ...]) -> "dict[str, Callable[[SimulateOptions], Study]]":
         """The studies of a model, by name."""
