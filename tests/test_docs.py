@@ -115,7 +115,7 @@ def test_console_lines_run(folder, arguments, capsys):
 )
 def test_console_lines_that_are_not_run_can_be_parsed(arguments, capsys, monkeypatch):
     parsed: list[object] = []
-    for verb in (cli.Check, cli.Fit, cli.Generate, cli.Index, cli.Bench):
+    for verb in (cli.Check, cli.Fit, cli.Generate, cli.Index, cli.Bench, cli.Simulate):
         monkeypatch.setattr(verb, "run", lambda verb: parsed.append(verb))
     assert cli.main(arguments) == 0, capsys.readouterr().err
     assert len(parsed) == 1

@@ -18,7 +18,9 @@ from restpoint.decode.drafters.skip_choice import SkipChoice
 from restpoint.decode.drafters.skips import SkipSet
 from restpoint.decode.drafters.tables import TABLES
 from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.overhead import measure_overhead
 from restpoint.decode.sampling import Sampler
+from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import Kept, LayeredTarget
 from restpoint.decode.verifiers.base import Verifier
 from restpoint.errors import RestpointError
@@ -94,6 +96,7 @@ class Drafting:
                 del self._makers[name]
         self._verify: dict[tuple[int, tuple[int, ...]], tuple[float, ...]] = {}  # by rows and widths of passes
         self._draft: dict[tuple[str, int], tuple[float, float]] = {}  # by drafter and rows
+        self._beside: dict[bool, tuple[float, float]] = {}  # of greedy decoding and of sampling
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,7 +120,7 @@ class Drafting:
             return [None] * rows
         settings = self.settings if draft_tokens is None else replace(self.settings, fixed=draft_tokens)
         self._measure(stepped, rows)
-        control = Control(lambda live: self._costs(live, rows), rows)
+        control = Control(lambda live: self._costs(live, rows), rows, self._overhead(samplers[0]))
         return [
             Fusion(instant, stepped, sampler, control, self._known(sampler), settings, self.verifier)
             for sampler, (instant, stepped) in zip(samplers, crews, strict=True)
@@ -229,6 +232,22 @@ class Drafting:
                 for ways in zip(*(_ways(own) for own in crews if own is not None), strict=True):
                     if (ways[0].name, count) not in self._draft:
                         self._draft[ways[0].name, count] = measure_drafts(target, ways)
+
+    def _overhead(self, sampler: Sampler) -> tuple[float, float]:
+        """What a round costs beside passes and drafts, measured once with fresh tables."""
+        if sampler.greedy not in self._beside:
+            settings = SamplingSettings(temperature=0.0 if sampler.greedy else 1.0)
+            self._measure_passes(1, 1)
+            vocabulary, target = self.layered.vocabulary_size, self._make_target()
+            fresh, costs = Sampler(settings, device=self.layered.device), self._costs(1, 1)
+
+            def fixed(other: InstantDrafter, nodes: int) -> Fusion:
+                tables = [TABLES[name].make(vocabulary, None) for name in ("lookup", "recycling")]
+                limits = replace(self.settings, fixed=nodes)
+                return Fusion([*tables, other], None, fresh, Control.alone(costs), None, limits, self.verifier)
+
+            self._beside[sampler.greedy] = measure_overhead(target, fresh, self.verifier, fixed)
+        return self._beside[sampler.greedy]
 
     def _measure_passes(self, count: int, rows: int) -> None:
         target = self._make_target() if rows == 1 else LayeredTarget(self.layered)

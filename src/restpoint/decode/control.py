@@ -8,6 +8,9 @@ from restpoint.decode.costs import Costs
 
 _FORGET = 0.97
 _ROUNDS = 5.0
+_TRIAL = 10
+_WORTH = 1.1
+_LONGEST = 192
 _KEPT = 6.0
 _KEEP = 0.9
 
@@ -39,6 +42,34 @@ class Pace:
         self.time = _FORGET * self.time + time
 
 
+@dataclass
+class Rest:
+    """Rounds in which nobody is asked to draft, where drafting has cost more than it brought.
+
+    After a trial of ten rounds whose rate is not a tenth above that of plain decoding, nobody is asked for as many
+    rounds, then for twice as many, and so on: where nothing can be drafted, less and less is spent on trying.
+
+    Attributes:
+        left: rounds left of the rest.
+    """
+
+    left: int = 0
+    _length: int = _TRIAL
+    _tried: int = 0
+
+    def after(self, rate: float) -> bool:
+        """A round is over, and the rate so far is this: whether a rest has just ended, and a new trial begins."""
+        if self.left:
+            self.left -= 1
+            return self.left == 0
+        self._tried += 1
+        if self._tried >= _TRIAL and rate < _WORTH:
+            self.left, self._length, self._tried = self._length, min(2 * self._length, _LONGEST), 0
+        elif self._tried >= 2 * _TRIAL:
+            self._length = _TRIAL
+        return False
+
+
 class Control:
     """What the rounds of a batch cost, and how wide they are; the fusions of its rows share it.
 
@@ -53,6 +84,7 @@ class Control:
     Args:
         costs: measured seconds, by the number of rows.
         rows: rows to begin with.
+        overhead: seconds of a row's round with drafts beside passes and drafts, and of each node in it.
 
     Attributes:
         rows: rows of the round.
@@ -60,8 +92,9 @@ class Control:
         time: what the round costs, as far as it is planned.
     """
 
-    def __init__(self, costs: Callable[[int], Costs], rows: int = 1):
+    def __init__(self, costs: Callable[[int], Costs], rows: int = 1, overhead: tuple[float, float] = (0.0, 0.0)):
         self._costs_of = costs
+        self._overhead = overhead
         self._expected = self._stood = _KEPT
         self.begin(rows)
 
@@ -75,7 +108,8 @@ class Control:
         self.rows, self.costs = rows, self._costs_of(rows)
         self.time = 1.0
         plain = self.costs.verify[0]
-        self._passes = [seconds / plain for seconds in self.costs.verify]
+        node = rows * self._overhead[1]
+        self._passes = [(seconds + count * node) / plain for count, seconds in enumerate(self.costs.verify)]
 
     @property
     def node_time(self) -> float:
@@ -113,7 +147,8 @@ class Control:
 
     def spend(self, nodes: int, drafter: str = "", levels: int = 0) -> None:
         """The round verifies so many nodes in its widest row, after so many levels of a drafter."""
-        self.time = self._passes[nodes] + self.costs.drafting(drafter, levels) / self.costs.verify[0]
+        seconds = self.costs.drafting(drafter, levels) + self.rows * self._overhead[0]
+        self.time = self._passes[nodes] + seconds / self.costs.verify[0]
 
 
 def best_count(reaches: Sequence[float], verify: Sequence[float], rate: float, least: int = 0) -> int:

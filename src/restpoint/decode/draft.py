@@ -141,17 +141,22 @@ class Drafter(ABC):
         name: what tables call it.
         edges: inner edges of the bins in which the worth of its confidences is learnt.
         prior: plausible acceptance in each bin, before anything was measured.
+        needs_every_round: whether it must learn of rounds in which it was not asked, to know the text.
     """
 
     name: str
     edges: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
     prior: ClassVar[tuple[float, ...]] = (0.01, 0.03, 0.07, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.93, 0.98)
+    needs_every_round: ClassVar[bool] = True
 
     def begin(self, prompt: Sequence[int]) -> None:  # noqa: B027  # most have nothing to do
         """A new text begins. What was learnt from other texts may be kept; what belongs to a text may not."""
 
     def learn(self, path: TokenPath, verified: Verified) -> None:  # noqa: B027
-        """A round is over; ``path`` is the text before it. Called after every round, drafted or plain."""
+        """A round is over; ``path`` is the text before it.
+
+        Called after every round, drafted or plain, but for rounds in which nobody was asked where that is enough.
+        """
 
 
 class InstantDrafter(Drafter):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from restpoint.decode.acceptance import Acceptance, Calibration, Estimate
-from restpoint.decode.control import Control, Pace
+from restpoint.decode.control import Control, Pace, Rest
 from restpoint.decode.draft import (
     ROOT,
     Draft,
@@ -63,6 +63,7 @@ class _Round:
     drawn: dict[int, Drawn] = field(default_factory=dict)
     frontier: list[int] = field(default_factory=lambda: [ROOT])
     levels: int = 0
+    asked: bool = False  # whether drafters were asked at all
     expected: float = 0.0  # nodes of the draft that stand
     resumes: bool = False  # the verification goes on where the stepped drafter's layers ended
 
@@ -125,6 +126,7 @@ class Fusion(Speculator):
         self.sampler = sampler
         self.control = control
         self.pace = Pace()
+        self._rest = Rest()
         self.settings = settings or TreeSettings()
         self._how: Drawing = "one" if verifier is None else verifier.drawn
         if verifier is not None and verifier.chains_only:
@@ -173,16 +175,21 @@ class Fusion(Speculator):
         drafts = [one._draft(order, width) for one, order in zip(fusions, orders, strict=True)]
         deepest = max(fusions, key=lambda one: one._round.levels)
         name = deepest.stepped.cost_name if deepest.stepped is not None else ""
-        control.spend(max(len(draft.tokens) for draft in drafts), name, deepest._round.levels)
+        if any(one._round.asked for one in fusions):
+            control.spend(max(len(draft.tokens) for draft in drafts), name, deepest._round.levels)
         return drafts
 
     def observe(self, path: TokenPath, verified: Verified) -> None:
         """See :meth:`Speculator.observe`."""
         self._learn(verified)
         for drafter in self.drafters:
-            drafter.learn(path, verified)
-        self.pace.add(len(verified.nodes) + 1.0, self.control.time)
+            if self._round.asked or drafter.needs_every_round:
+                drafter.learn(path, verified)
         self.control.observe(self._round.expected, len(verified.nodes))
+        if self._round.asked:
+            self.pace.add(len(verified.nodes) + 1.0, self.control.time)
+        if self._rest.after(self.pace.rate):
+            self.pace = Pace()
 
     # --- a stepped drafter's levels --------------------------------------------------------------------------------
 
@@ -191,6 +198,7 @@ class Fusion(Speculator):
         self._round = _Round(path, room)
         room = min(room, self.control.costs.largest)
         if self._drafts:
+            self._round.asked = True
             for index, drafter in enumerate(self.instant):
                 self._round.trie.merge(drafter.candidates(path, room), index, self.acceptances[index])
 
@@ -201,7 +209,9 @@ class Fusion(Speculator):
 
     @property
     def _drafts(self) -> bool:
-        return self._round.room >= 1 and self.settings.fixed != 0
+        settings = self.settings
+        rests = settings.fixed is None and settings.levels is None and self._rest.left > 0
+        return self._round.room >= 1 and settings.fixed != 0 and not rests
 
     def _level_gain(self) -> float:
         """The time that another level is expected to save beyond what its nodes cost; infinite where asked for."""

@@ -97,6 +97,7 @@ class RecyclingDrafter(InstantDrafter):
     """
 
     name = "recycling"
+    needs_every_round = False
     edges: ClassVar[tuple[float, ...]] = (0.014, 0.025, 0.04, 0.08, 0.3)
     prior: ClassVar[tuple[float, ...]] = (0.01, 0.015, 0.02, 0.035, 0.09, 0.6)
 
