@@ -16,6 +16,7 @@ from restpoint.decode.loop import Stopping, Text, decode, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import _of_like_length
+from restpoint.equilibrium import RestPointRecurrence
 from restpoint.errors import RestpointError
 from restpoint.generate import Decoder
 from restpoint.generation import Generation
@@ -85,28 +86,24 @@ def test_rows_are_read_with_rows_of_like_length() -> None:
         assert [tokens_of(rounds) for rounds in found] == [native(model, prompt, 20) for prompt in prompts]
 
 
-def test_rows_of_a_batch_draft_together() -> None:
-    """With one control for all rows: predictors are asked once for all rows, trees are at most as wide as one width."""
+def test_rows_of_a_batch_draft_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one control for all rows, a predictor is asked once for all of them, and greedy text stays the model's."""
     model, target = model_and_target("llama")
     asked: list[int] = []
+    predict = RestPointRecurrence.predict
+
+    def counted(self, states, *others):
+        asked.append(states[0].shape[1])
+        return predict(self, states, *others)
+
+    monkeypatch.setattr(RestPointRecurrence, "predict", counted)
     control = Control(lambda rows: costs(0.02 * rows), len(PROMPTS))
     texts = []
     for prompt, length in zip(PROMPTS, LENGTHS, strict=True):
         sampler = greedy()
         settings = TreeSettings(levels=2, width=2)
         speculator = fused(target, sampler, ("lookup", "recycling", "exit 0"), settings, control=control)
-        assert speculator.stepped is not None
-        speculator.stepped.predictor = texts[0].speculator.stepped.predictor if texts else speculator.stepped.predictor
-        predict = type(speculator.stepped.predictor).predict
         texts.append(Text(prompt, sampler, Stopping(length), speculator))
-    first = texts[0].speculator.stepped.predictor
-
-    class Counted(type(first)):  # type: ignore[misc]
-        def predict(self, states, before=None, step=0):
-            asked.append(states[0].shape[1])
-            return predict(self, states, before, step)
-
-    object.__setattr__(first, "__class__", Counted)
     found = together(target, texts)
     assert [tokens_of(rounds) for rounds in found] == [
         native(model, prompt, length) for prompt, length in zip(PROMPTS, LENGTHS, strict=True)

@@ -124,7 +124,7 @@ def test_each_study_writes_a_table_and_a_picture(name, tmp_path, capsys):
     picture = (tmp_path / f"{name}.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.csv", f"{name}.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{name}.csv", f"{name}.png", "index.html"])
 
 
 def test_simulate_shows_what_it_found(tmp_path, capsys):
