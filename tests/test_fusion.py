@@ -1,5 +1,6 @@
 """The tree of all drafters: what is merged, what is learnt, how much is drafted and verified, what always is."""
 
+import copy
 import itertools
 import math
 import random
@@ -7,9 +8,10 @@ import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from decoding import PROMPT, Named, Stepped, costs, fused, model_and_target, tokens_of
-from families import VOCABULARY
+from families import FAMILIES, VOCABULARY
 from restpoint.decode.acceptance import Acceptance, AcceptanceCounter, Calibration, Estimate
 from restpoint.decode.control import Control, Pace, Rest, best_count
 from restpoint.decode.costs import Costs
@@ -19,8 +21,10 @@ from restpoint.decode.loop import Stopping, decode
 from restpoint.decode.overhead import measure_overhead
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
+from restpoint.decode.target import LayeredTarget
 from restpoint.decode.trie import Trie
 from restpoint.decode.verifiers.registry import VERIFIERS
+from restpoint.model.layered import LayeredModel
 
 FLAT = Acceptance(Calibration.guess((), (0.5,)))
 
@@ -184,6 +188,29 @@ def test_overhead_grows_with_nodes_and_is_measured_on_a_real_text() -> None:
     fixed, node = measure_overhead(target, sampler(), None, speculator)
     assert 0.003 < fixed < 0.02
     assert 0.0008 < node < 0.004
+
+
+@pytest.mark.parametrize("limit", [8, 12, 60])
+def test_overhead_stays_within_a_short_context(limit: int) -> None:
+    """gpt2 has a table of positions: a round beyond it would fail."""
+    config = copy.deepcopy(FAMILIES["gpt2"])
+    config.n_positions = limit
+    target = LayeredTarget(LayeredModel(AutoModelForCausalLM.from_config(config).eval()))
+    seen: list[int] = []
+    score = target.score
+
+    def watched(pending, drafts):
+        seen.append(target.cache.lengths[0] + 1)
+        return score(pending, drafts)
+
+    target.score = watched  # type: ignore[method-assign]
+
+    def speculator(other, nodes):
+        return Fusion([other], None, sampler(), Control.alone(costs()), None, TreeSettings(fixed=nodes))
+
+    found = measure_overhead(target, sampler(), None, speculator)
+    assert max(seen, default=0) <= limit
+    assert found == (0.0, 0.0) or limit > 8
 
 
 def test_the_first_node_bears_the_step_of_a_longer_pass() -> None:

@@ -9,6 +9,7 @@ from restpoint.decode.loop import Round, Stopping, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.target import LayeredTarget, Scored
 from restpoint.decode.verifiers.base import Verifier
+from restpoint.model.load import context_length
 
 _SIZES = (2, 12)
 _ROUNDS = 10
@@ -22,26 +23,30 @@ def measure_overhead(
 ) -> tuple[float, float]:
     """Seconds that a round with drafts takes beyond a plain one, passes not counted: of the round, and of each node.
 
-    Medians over a few rounds of a text that nothing is known of; a fraction of a second on a small model.
+    Medians over a few rounds of a text that nothing is known of; a fraction of a second on a small model. It stays
+    within the model's context; where that holds no such round, nothing is counted.
 
     Args:
         target: the model; its cache is used up.
         sampler: how tokens are chosen, for this measurement only.
         verifier: couples draft and target.
-        speculator: makes one that verifies so many nodes in every round, of these drafters beside its own.
+        speculator: makes one that verifies so many nodes in every round, with this drafter among its own.
     """
     vocabulary = target.layered.vocabulary_size
-    plain = statistics.median(seconds for seconds, _ in _rounds(target, sampler, verifier, None))
-    low, high = (
-        statistics.median(
+    plain = [seconds for seconds, _ in _rounds(target, sampler, verifier, None)]
+    few, many = (
+        [
             seconds
             for seconds, nodes in _rounds(target, sampler, verifier, speculator(_Anything(vocabulary), size))
             if nodes
-        )
+        ]
         for size in _SIZES
     )
+    if not (plain and few and many):  # a context of a few tokens: too short for a round worth measuring
+        return 0.0, 0.0
+    low, high = statistics.median(few), statistics.median(many)
     node = max(0.0, (high - low) / (_SIZES[1] - _SIZES[0]))
-    return max(0.0, low - plain - _SIZES[0] * node), node
+    return max(0.0, low - statistics.median(plain) - _SIZES[0] * node), node
 
 
 class _Anything(InstantDrafter):
@@ -64,11 +69,14 @@ def _rounds(
 ) -> list[tuple[float, float]]:
     """Of each round: seconds beside the pass, and nodes."""
     vocabulary = target.layered.vocabulary_size
+    limit = context_length(target.layered.model)
     prompt = [(7 * place + 1) % vocabulary for place in range(16)] * 2
+    prompt = prompt[: max(1, limit // 4)] if limit else prompt
+    stopping = Stopping(_ROUNDS * (2 + _SIZES[1]), context_length=limit)
     passes = _Timed(target)
     rounds: list[Round] = []
     seconds: list[float] = []
-    for turn in decode(passes, prompt, sampler, Stopping(_ROUNDS * (2 + _SIZES[1])), speculator, verifier):
+    for turn in decode(passes, prompt, sampler, stopping, speculator, verifier):
         rounds.append(turn)
         seconds.append(turn.draft_seconds + turn.verify_seconds - passes.seconds)
         passes.seconds = 0.0
