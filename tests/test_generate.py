@@ -206,3 +206,10 @@ def test_every_verifier_samples(reference: Loaded, verifier: str) -> None:
     )
     assert first.tokens == second.tokens
     assert first.statistics.accepted > 0
+
+
+@pytest.mark.parametrize(("name", "told"), [("max_token", "there are max_tokens"), ("temperature", "SamplingSettings")])
+def test_an_unknown_option_is_refused(reference: Loaded, name: str, told: str) -> None:
+    """A misspelt option would otherwise do nothing."""
+    with pytest.raises(RestpointError, match=f"^{name}.*{told}"):
+        Decoder(reference).generate("a", **{name: 3})  # type: ignore[arg-type]

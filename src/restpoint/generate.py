@@ -1,7 +1,7 @@
 """Text in, text out: a model with its profile, ready to decode."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -199,6 +199,7 @@ class Decoder:
         self, target: Target, prompts: list[list[int]], sampling: Sequence[SamplingSettings], options: TextOptions
     ) -> list[Text]:
         """Texts of one batch with their settings and whoever drafts for them."""
+        _refuse_unknown(options)
         draft_tokens = options.get("draft_tokens")
         if draft_tokens is not None and draft_tokens < 0:
             raise RestpointError(f"draft_tokens is {draft_tokens}; it must be 0 or more, or left out")
@@ -220,6 +221,17 @@ class Decoder:
         if ends is None:
             ends = self.loaded.tokenizer.eos_token_id
         return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def _refuse_unknown(options: TextOptions) -> None:
+    """Python itself would not notice a misspelt option, which would then do nothing."""
+    known = TextOptions.__annotations__
+    for name in options:
+        if name in known:
+            continue
+        if name in {one.name for one in fields(SamplingSettings)}:
+            raise RestpointError(f"{name}: it belongs to the sampling; give sampling=SamplingSettings({name}=..)")
+        raise RestpointError(f"{name}: there is no such option; there are {', '.join(known)}")
 
 
 def inference_threads(count: int | None) -> None:

@@ -8,8 +8,8 @@ from restpoint.decode.costs import Costs
 
 _FORGET = 0.97
 _ROUNDS = 5.0
-_TRIAL = 10
-_WORTH = 1.1
+_TRIAL = 8
+_REST = 16
 _LONGEST = 192
 _KEPT = 6.0
 _KEEP = 0.9
@@ -36,6 +36,11 @@ class Pace:
         """Tokens by time; 1 for plain decoding."""
         return self.tokens / self.time
 
+    @property
+    def worth(self) -> float:
+        """Tokens that a unit of time is worth: what is saved goes into plain decoding at least."""
+        return max(1.0, self.rate)
+
     def add(self, tokens: float, time: float) -> None:
         """Add a round; old ones fade."""
         self.tokens = _FORGET * self.tokens + tokens
@@ -46,15 +51,17 @@ class Pace:
 class Rest:
     """Rounds in which nobody is asked to draft, where drafting has cost more than it brought.
 
-    After a trial of ten rounds whose rate is not a tenth above that of plain decoding, nobody is asked for as many
-    rounds, then for twice as many, and so on: where nothing can be drafted, less and less is spent on trying.
+    After a trial of eight rounds whose rate is below that of plain decoding, nobody is asked for 16 rounds;
+    after each further trial, half as long, for twice as many as before: where nothing can be drafted, less and less is
+    spent on trying.
 
     Attributes:
         left: rounds left of the rest.
     """
 
     left: int = 0
-    _length: int = _TRIAL
+    _length: int = _REST
+    _trial: int = _TRIAL
     _tried: int = 0
 
     def after(self, rate: float) -> bool:
@@ -63,10 +70,11 @@ class Rest:
             self.left -= 1
             return self.left == 0
         self._tried += 1
-        if self._tried >= _TRIAL and rate < _WORTH:
-            self.left, self._length, self._tried = self._length, min(2 * self._length, _LONGEST), 0
+        if self._tried >= self._trial and rate < 1.0:
+            self.left, self._length = self._length, min(2 * self._length, _LONGEST)
+            self._tried, self._trial = 0, _TRIAL // 2
         elif self._tried >= 2 * _TRIAL:
-            self._length = _TRIAL
+            self._length, self._trial = _REST, _TRIAL
         return False
 
 
@@ -92,11 +100,13 @@ class Control:
         time: what the round costs, as far as it is planned.
     """
 
+    time: float = 1.0
+
     def __init__(self, costs: Callable[[int], Costs], rows: int = 1, overhead: tuple[float, float] = (0.0, 0.0)):
         self._costs_of = costs
         self._overhead = overhead
         self._expected = self._stood = _KEPT
-        self.begin(rows)
+        self._price(rows)
 
     @classmethod
     def alone(cls, costs: Costs) -> "Control":
@@ -105,8 +115,13 @@ class Control:
 
     def begin(self, rows: int) -> None:
         """A round of so many rows begins."""
-        self.rows, self.costs = rows, self._costs_of(rows)
         self.time = 1.0
+        if rows != self.rows:
+            self._price(rows)
+
+    def _price(self, rows: int) -> None:
+        """Passes of so many rows, in plain ones."""
+        self.rows, self.costs = rows, self._costs_of(rows)
         plain = self.costs.verify[0]
         node = rows * self._overhead[1]
         self._passes = [(seconds + count * node) / plain for count, seconds in enumerate(self.costs.verify)]

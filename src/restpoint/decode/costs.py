@@ -1,5 +1,6 @@
 """What a pass costs on this machine, by the number of tokens in it."""
 
+import functools
 import platform
 import statistics
 import time
@@ -189,6 +190,7 @@ def device_name(device: torch.device) -> str:
     return f"{_processor()} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
+@functools.cache
 def _processor() -> str:
     if _CPU_INFO.is_file():
         for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -168,7 +168,7 @@ class Fusion(Speculator):
         orders = [one._order() for one in fusions]
         needed = [one._time_needed for one in fusions]
         gains = [
-            [reach / one.pace.rate * time * len(fusions) / sum(needed) for reach in order.reaches]
+            [reach / one.pace.worth * time * len(fusions) / sum(needed) for reach in order.reaches]
             for one, order, time in zip(fusions, orders, needed, strict=True)
         ]
         width = control.width(gains, max(order.least for order in orders))
@@ -205,7 +205,7 @@ class Fusion(Speculator):
     @property
     def _time_needed(self) -> float:
         """How long the text still takes, at its rate."""
-        return (self._round.room + 1) / self.pace.rate
+        return (self._round.room + 1) / self.pace.worth
 
     @property
     def _drafts(self) -> bool:
@@ -227,8 +227,8 @@ class Fusion(Speculator):
         if not drafter.goes_on(levels):
             return 0.0
         expected = self._new[levels > 0].mean * sum(self._uncovered(node) for node in round_.frontier)
-        gains = sorted((reach / self.pace.rate for reach in round_.trie.reaches), reverse=True)
-        return expected / self.pace.rate - self.control.time_of_more(gains[: self._limit], len(round_.frontier))
+        gains = sorted((reach / self.pace.worth for reach in round_.trie.reaches), reverse=True)
+        return expected / self.pace.worth - self.control.time_of_more(gains[: self._limit], len(round_.frontier))
 
     def _falls_short(self, drafter: SteppedDrafter) -> bool:
         """Whether fewer nodes were named than were asked for, whatever they cost."""
@@ -293,7 +293,7 @@ class Fusion(Speculator):
     def _draw(self, nodes: Sequence[int], law: Tensor) -> None:
         """Draw a token after each node that is worth one, from what its likely children leave of the law."""
         trie, settings = self._round.trie, self.settings
-        worth = self.pace.rate * self.control.node_time
+        worth = self.pace.worth * self.control.node_time
         chosen: list[int] = []
         rests: list[Tensor] = []
         for row, node in enumerate(nodes):
