@@ -18,8 +18,9 @@ from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs, device_name
 from restpoint.equilibrium.predictors import IdentityPredictor
 from restpoint.generate import Decoder
+from restpoint.model.fingerprint import fingerprint
 from restpoint.model.load import load
-from restpoint.profile import Calibrations, Profile, fingerprint
+from restpoint.profile import Calibrations, Profile
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many has he?\nAnswer:"
 CPU = ["--dtype", "float32", "--device", "cpu"]
@@ -36,7 +37,7 @@ def profile(reference, tmp_path_factory):
     costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, {"lens@12": (0.01, 0.01)})
     predictor = replace(IdentityPredictor((12,)), name="lens@12")
     made = Profile(
-        fingerprint(reference),
+        fingerprint(reference.model, reference.tokenizer),
         "reference",
         "lens@12",
         {"lens@12": predictor},

@@ -22,7 +22,8 @@ from restpoint.evaluate.speed import PLAIN, RESTPOINT, BenchOptions, _compare, _
 from restpoint.evaluate.statistics import bootstrap_mean, paired_ratio
 from restpoint.evaluate.table import table
 from restpoint.generate import Decoder
-from restpoint.profile import Calibrations, Profile, fingerprint
+from restpoint.model.fingerprint import fingerprint
+from restpoint.profile import Calibrations, Profile
 
 METHODS = [
     *("huggingface", PLAIN, "huggingface early exit", "huggingface lookup"),
@@ -39,7 +40,15 @@ def profile(reference):
     costs = Costs(device_name(torch.device("cpu")), "float32", (1.0,) * 8, {"lens@12": (0.01, 0.01)})
     predictor = replace(IdentityPredictor((12,)), name="lens@12")
     calibrations = {"lens@12": Calibrations(flat, flat)}
-    return Profile(fingerprint(reference), "reference", "lens@12", {"lens@12": predictor}, calibrations, costs, None)
+    return Profile(
+        fingerprint(reference.model, reference.tokenizer),
+        "reference",
+        "lens@12",
+        {"lens@12": predictor},
+        calibrations,
+        costs,
+        None,
+    )
 
 
 @pytest.fixture(scope="module")

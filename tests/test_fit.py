@@ -27,9 +27,10 @@ from restpoint.fit.options import FitOptions
 from restpoint.fit.recording import record
 from restpoint.fit.run import FitReport, fit_profile
 from restpoint.generate import Decoder
+from restpoint.model.fingerprint import fingerprint
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
-from restpoint.profile import Profile, fingerprint
+from restpoint.profile import Profile
 from restpoint.trajectory.record import pack
 from restpoint.trajectory.store import StateStore, StoreLayout
 
@@ -239,7 +240,7 @@ def test_profiles_are_refused_where_they_do_not_belong(fitted: tuple[Path, FitRe
         profile.require(loaded)
     half = tiny()
     half.model.to(torch.bfloat16)
-    assert fingerprint(half) == profile.fingerprint
+    assert fingerprint(half.model, half.tokenizer) == profile.fingerprint
 
 
 def test_damaged_profiles_are_refused(fitted: tuple[Path, FitReport], tmp_path: Path) -> None:

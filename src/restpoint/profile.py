@@ -20,12 +20,12 @@ from restpoint.decode.costs import Costs
 from restpoint.equilibrium.heads import MultiTokenHeads
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError
+from restpoint.model.fingerprint import fingerprint
 from restpoint.model.load import Loaded
 
 _FORMAT = 2
 _JSON, _TENSORS = "profile.json", "profile.safetensors"
 _HEADS = "heads"
-_NOT_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "use_cache", "output_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Profile:
         Raises:
             RestpointError: the fingerprints differ.
         """
-        if fingerprint(loaded) != self.fingerprint:
+        if fingerprint(loaded.model, loaded.tokenizer) != self.fingerprint:
             raise RestpointError(
                 f"profile: it belongs to another model ({self.model}), not to {loaded.name}: config, tokenizer or "
                 f"unembedding differ; fit one with: restpoint fit {loaded.name} --output FOLDER"
@@ -203,29 +203,6 @@ class Profile:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="restpoint profile"))
-
-
-def fingerprint(loaded: Loaded) -> str:
-    """SHA-256 of the model's config, its tokenizer's vocabulary and rows of its unembedding.
-
-    Independent of dtype, device and attention implementation: weights are compared after rounding to bfloat16.
-    """
-    digest = hashlib.sha256()
-    config = {
-        key: value
-        for key, value in loaded.model.config.to_dict().items()
-        if key not in _NOT_THE_MODEL and not key.startswith("_")
-    }
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    digest.update(json.dumps(sorted(loaded.tokenizer.get_vocab().items())).encode())
-    unembedding = loaded.model.get_output_embeddings()
-    if unembedding is None:
-        raise RestpointError(f"model: {loaded.name} has no output embeddings; pass a causal LM")
-    weight = unembedding.weight
-    assert isinstance(weight, Tensor)
-    rows = torch.linspace(0, weight.shape[0] - 1, 256, device=weight.device).long()
-    digest.update(weight.detach()[rows].to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _content_hash(tensors: Mapping[str, Tensor]) -> str:

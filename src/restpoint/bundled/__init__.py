@@ -39,6 +39,12 @@ def fit_texts(domain: str | None = None) -> Iterator[str]:
     return _read_fit_texts(domain)
 
 
+def documents() -> Iterator[tuple[str, str]]:
+    """Yield the kind and the text of every fitting document, interleaved as :func:`fit_texts`."""
+    for document in _read_documents():
+        yield document["domain"], document["text"]
+
+
 def prompts(domain: str | None = None) -> list[Prompt]:
     """Return the benchmark prompts, of one domain or all, the domains taking turns."""
     _check(domain)
@@ -48,11 +54,15 @@ def prompts(domain: str | None = None) -> list[Prompt]:
 
 
 def _read_fit_texts(domain: str | None) -> Iterator[str]:
+    for document in _read_documents():
+        if domain in (None, document["domain"]):
+            yield document["text"]
+
+
+def _read_documents() -> Iterator[dict[str, str]]:
     with lzma.open(TEXT_PATH / "fit.jsonl.xz", "rt", encoding="utf-8") as lines:
         for line in lines:
-            document = json.loads(line)
-            if domain in (None, document["domain"]):
-                yield document["text"]
+            yield json.loads(line)
 
 
 def _check(domain: str | None) -> None:

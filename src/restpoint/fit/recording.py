@@ -14,9 +14,9 @@ from torch import Tensor
 from restpoint.equilibrium.streaming import Chunk
 from restpoint.errors import RestpointError
 from restpoint.fit.options import FitOptions
+from restpoint.model.fingerprint import fingerprint
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
-from restpoint.profile import fingerprint
 from restpoint.trajectory.record import continue_texts, pack, states_of
 from restpoint.trajectory.store import StateStore, StoreLayout
 from restpoint.transport.variation import acceptance
@@ -138,7 +138,7 @@ def record(
     own_wanted = min(own_wanted, int(len(sequences) * options.own_share / (1 - options.own_share)))
     layers = tuple(sorted({0, *exits}))
     layout = StoreLayout(
-        fingerprint(loaded),
+        fingerprint(loaded.model, loaded.tokenizer),
         hashlib.sha256(json.dumps([digest.hexdigest(), asdict(options)]).encode()).hexdigest(),
         length,
         layers,

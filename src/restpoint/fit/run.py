@@ -17,9 +17,10 @@ from restpoint.fit.measuring import CostMeter, measure, measure_instant
 from restpoint.fit.options import FitOptions
 from restpoint.fit.recording import Progress, Recording, record
 from restpoint.model.check import check
+from restpoint.model.fingerprint import fingerprint
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
-from restpoint.profile import Calibrations, Measured, Profile, fingerprint
+from restpoint.profile import Calibrations, Measured, Profile
 
 _ALIKE = 0.97
 _SCORED = 16
@@ -96,7 +97,7 @@ def fit_profile(
     report("measure", len(predictors) + 1, len(predictors) + 1)
     rows = _ranked(rows)
     profile = Profile(
-        fingerprint=fingerprint(loaded),
+        fingerprint=fingerprint(loaded.model, loaded.tokenizer),
         model=loaded.name,
         chosen=rows[0].predictor,
         predictors=predictors,

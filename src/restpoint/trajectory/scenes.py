@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from restpoint.trajectory.lens import Readout
+from restpoint.trajectory.measure import Trajectory
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +21,7 @@ class Scene:
         plane: states in the three leading principal directions of all the states of the sentence, after each has been
             divided by its norm.
         norms: ‖h_l(t)‖.
-        predicted: the most probable next token by the lens of every state.
+        predicted: the most probable next token by the lens of every state; empty where the model predicts none.
         probability: its probability.
         entropy: of that law in nats.
         settled: the first layer from which the most probable token is the last layer's at every later one.
@@ -32,3 +37,47 @@ class Scene:
     entropy: Float[Tensor, "depth tokens"]
     settled: Int[Tensor, " tokens"]
     domain: str = ""
+
+
+@torch.inference_mode()
+def scene(trajectory: Trajectory, readout: Readout | None, tokenizer: PreTrainedTokenizerBase, most: int = 32) -> Scene:
+    """The first tokens of a text, to be looked at.
+
+    Args:
+        trajectory: of a text.
+        readout: final norm and unembedding; None for a model without, whose states predict nothing.
+        tokenizer: for the names of tokens.
+        most: tokens kept.
+    """
+    assert trajectory.ids is not None
+    ids, states = trajectory.ids[:most], trajectory.states[:, :most]
+    norms = states.norm(dim=-1)
+    units = states / norms.unsqueeze(-1).clamp_min(torch.finfo(states.dtype).tiny)
+    cloud = units.flatten(0, 1) - units.mean((0, 1))
+    directions = torch.linalg.svd(cloud, full_matrices=False).Vh[:3]
+    plane = torch.zeros(*norms.shape, 3)
+    plane[..., : len(directions)] = ((units - units.mean((0, 1))) @ directions.T).float()
+    probability, entropy = torch.zeros_like(norms), torch.zeros_like(norms)
+    best = torch.zeros(norms.shape, dtype=torch.long)
+    for layer, own in enumerate(states if readout is not None else ()):
+        assert readout is not None
+        law = readout(own).float().softmax(-1)
+        top = law.max(-1)
+        probability[layer], best[layer] = top.values, top.indices
+        entropy[layer] = torch.special.entr(law).sum(-1)
+    same = (best == best[-1]).flip(0).int().cumprod(0)  # from the last layer back, as long as nothing differs
+    return Scene(
+        text=tokenizer.decode(ids),
+        tokens=_names(tokenizer, ids),
+        plane=plane,
+        norms=norms,
+        predicted=[_names(tokenizer, row) for row in best] if readout is not None else [],
+        probability=probability,
+        entropy=entropy,
+        settled=len(states) - same.sum(0).long(),
+        domain=trajectory.domain,
+    )
+
+
+def _names(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
+    return [tokenizer.decode([token]) for token in ids.tolist()]

@@ -1,0 +1,184 @@
+"""The measure of geometry: how tokens move through the layers, and what cloud they form in each."""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from restpoint.trajectory import observables
+from restpoint.trajectory.histogram import Scale
+from restpoint.trajectory.kinematics import MOTIONS, kinematics
+from restpoint.trajectory.measure import Measure, Trajectory
+
+_COSINE = Scale(-1.0, 1.0, 1000)
+_LENGTH = Scale(1e-6, 1e6, 2400, logarithmic=True)
+_SCALES = {name: _COSINE if name.endswith("angle") else _LENGTH for name in MOTIONS}
+_QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+_MASSIVE = 10.0
+
+
+class Geometry(Measure):
+    """Steps, angles, accelerations, curvature and norms of every token; clouds of a sample of texts.
+
+    Results, one value a layer: for each of :data:`MOTIONS` ``.mean``, ``.std``, quantiles ``.q05`` to ``.q95``, and
+    ``.position`` by the token's place in its text (0, 1, 2-3, 4-7, ..). For the clouds of the states h_0 .. h_L:
+
+    * ``anisotropy``: the mean cosine of two tokens of the corpus, (‖sum u‖² - n) / (n (n - 1)) with u = h / ‖h‖.
+    * ``effective_rank`` and ``participation_ratio`` of the covariance over all sampled tokens, and
+      ``.without_sinks``: without first tokens and those whose norm somewhere exceeds ten medians of their text. Left
+      out above 2048 dimensions, whose covariances would take gigabytes.
+    * within a text: ``clusters.components``, ``clusters.rank``, ``clusters.share``: of the graph that joins tokens with
+      cosine above 1 - tau; ``energy`` by inverse temperature; ``rank_collapse``: sqrt(‖R‖_1 ‖R‖_inf) with
+      R = X - 1 x̄ᵀ, over the same of X; each the mean over sampled texts.
+
+    Args:
+        every: one text of so many is looked at for covariances, and one of twice as many for clusters.
+        tau: tokens nearer than this are joined.
+        betas: inverse temperatures of the energy.
+
+    Paper:
+        Roy, Vetterli 2007 (effective rank); Dong, Cordonnier, Loukas 2021, "Attention is not all you need" (rank
+        collapse); Geshkovski et al. 2023, "A mathematical perspective on transformers" (clusters, energy).
+    """
+
+    name: ClassVar[str] = "geometry"
+    papers: ClassVar[tuple[str, ...]] = (
+        "Roy, Vetterli 2007, The effective rank: a measure of effective dimensionality",
+        "Dong, Cordonnier, Loukas 2021, Attention is not all you need: pure attention loses rank doubly exponentially",
+        "Geshkovski, Letrouit, Polyanskiy, Rigollet 2023, A mathematical perspective on transformers",
+        "Ethayarajh 2019, How contextual are contextualized word representations?",
+        "Hosseini, Fedorenko 2023, Large language models implicitly learn to straighten neural sentence trajectories",
+    )
+
+    def __init__(self, every: int = 4, tau: float = 0.1, betas: tuple[float, ...] = (1.0, 4.0)):
+        super().__init__()
+        self.every = every
+        self.tau = tau
+        self.betas = betas
+
+    def add(self, trajectory: Trajectory) -> None:
+        """See :meth:`Measure.add`."""
+        states = trajectory.states
+        motions = kinematics(states)
+        for name, values in motions.items():
+            self._add_motion(name, values)
+        norms = motions["norm"]
+        units = states / norms.unsqueeze(-1).clamp_min(torch.finfo(states.dtype).tiny)
+        self._add("tokens", torch.tensor(states.shape[1]))
+        self._add("directions", units.sum(1))
+        if trajectory.index % self.every == 0 and states.shape[2] <= 2048:
+            self._add_covariance(states, _sinks(norms))
+        if trajectory.index % (2 * self.every) == 0:
+            self._add_clouds(states)
+
+    def _add_motion(self, name: str, values: Float[Tensor, "layers tokens"]) -> None:
+        known = values.isfinite()
+        kept = values.double().where(known, 0.0)
+        self._add(f"{name}.sum", kept.sum(-1))
+        self._add(f"{name}.squares", kept.square().sum(-1))
+        self._add(f"{name}.histogram", _SCALES[name].count(values))
+        places = torch.arange(values.shape[1])
+        bins = (places + 1).log2().floor().long()
+        empty = torch.zeros(len(values), 20, dtype=torch.float64)  # room for texts of a million tokens
+        self._add(f"{name}.places", empty.index_add(1, bins, kept.cpu()))
+        self._add(f"{name}.places_seen", empty.index_add(1, bins, known.double().cpu()))
+
+    def _add_covariance(self, states: Float[Tensor, "depth tokens hidden"], sinks: Bool[Tensor, " tokens"]) -> None:
+        for name, cloud in (("cloud", states), ("sinks", states[:, sinks])):
+            self._add(f"{name}.count", torch.tensor(cloud.shape[1]))
+            self._add(f"{name}.first", cloud.double().sum(1))
+            self._add(f"{name}.second", cloud.mT @ cloud)
+
+    def _add_clouds(self, states: Float[Tensor, "depth tokens hidden"]) -> None:
+        states = states[:, _directed(states)]
+        if states.shape[1] < 2:
+            return
+        self._add("texts", torch.tensor(1))
+        self._add("clusters.components", observables.cluster_count(states, self.tau))
+        self._add("clusters.rank", observables.cluster_rank(states, self.tau))
+        self._add("clusters.share", observables.clustered_share(states, self.tau))
+        energies = [observables.log_energy(states.double(), beta).exp() for beta in self.betas]
+        self._add("energy", torch.stack(energies))
+        self._add("rank_collapse", rank_collapse(states))
+
+    def results(self) -> dict[str, Float64[Tensor, "..."]]:
+        """See :meth:`Measure.results`."""
+        found: dict[str, Tensor] = {}
+        for name in MOTIONS:
+            found |= self._motion(name)
+        tokens = self.sums["tokens"].double()
+        pairs = (tokens * (tokens - 1)).clamp_min(1)
+        found["anisotropy"] = (self.sums["directions"].square().sum(-1) - tokens) / pairs
+        if "cloud.count" in self.sums:
+            found |= self._ranks()
+        if "texts" in self.sums:
+            texts = self.sums["texts"].double()
+            for name in ("clusters.components", "clusters.rank", "clusters.share", "energy", "rank_collapse"):
+                found[name] = self.sums[name].double() / texts
+            found["energy.betas"] = torch.tensor(self.betas, dtype=torch.float64)
+        return found
+
+    def _motion(self, name: str) -> dict[str, Tensor]:
+        counts = self.sums[f"{name}.histogram"]
+        seen = counts.sum(-1).double()
+        mean = self.sums[f"{name}.sum"] / seen
+        variance = (self.sums[f"{name}.squares"] / seen - mean.square()).clamp_min(0)
+        quantiles = _SCALES[name].quantiles(counts, list(_QUANTILES.values()))
+        places_seen = self.sums[f"{name}.places_seen"]
+        used = int(places_seen.sum(0).nonzero().max()) + 1 if bool(places_seen.any()) else 1
+        places = self.sums[f"{name}.places"] / places_seen
+        return {
+            f"{name}.mean": mean,
+            f"{name}.std": variance.sqrt(),
+            **{f"{name}.{label}": quantiles[:, place] for place, label in enumerate(_QUANTILES)},
+            f"{name}.position": places[:, :used],
+        }
+
+    def _ranks(self) -> dict[str, Tensor]:
+        found = {}
+        sums = {part: {key: self.sums[f"{part}.{key}"] for key in ("count", "first", "second")} for part in _PARTS}
+        without = {key: sums["cloud"][key] - sums["sinks"][key] for key in sums["cloud"]}
+        for suffix, own in (("", sums["cloud"]), (".without_sinks", without)):
+            count = own["count"].double()
+            if count < 2:
+                continue
+            mean = own["first"] / count
+            covariance = own["second"] / count - mean[:, :, None] * mean[:, None, :]
+            shares = torch.linalg.eigvalsh(covariance).clamp_min(0)
+            shares = shares / shares.sum(-1, keepdim=True)
+            found[f"effective_rank{suffix}"] = torch.special.entr(shares).sum(-1).exp()
+            found[f"participation_ratio{suffix}"] = 1 / shares.square().sum(-1)
+        return found
+
+
+_PARTS = ("cloud", "sinks")
+
+
+def rank_collapse(states: Float[Tensor, "*batch tokens hidden"]) -> Float[Tensor, "*batch"]:
+    """How far a text is from one vector repeated: sqrt(‖R‖_1 ‖R‖_inf) / sqrt(‖X‖_1 ‖X‖_inf), R = X - 1 x̄ᵀ.
+
+    0 where all tokens coincide. ‖.‖_1 and ‖.‖_inf are the largest column and row sums of absolute values; the mean
+    takes the place of the minimising vector, for which these norms have no closed form.
+
+    Paper:
+        Dong, Cordonnier, Loukas 2021, "Attention is not all you need", whose residual this is.
+    """
+
+    def size(matrix: Tensor) -> Tensor:
+        rows = matrix.abs()
+        return (rows.sum(-1).amax(-1) * rows.sum(-2).amax(-1)).sqrt()
+
+    return size(states - states.mean(-2, keepdim=True)) / size(states)
+
+
+def _sinks(norms: Float[Tensor, "depth tokens"]) -> Bool[Tensor, " tokens"]:
+    """The first token, and those whose norm somewhere exceeds ten medians."""
+    sinks = (norms > _MASSIVE * norms.median(-1, keepdim=True).values).any(0)
+    sinks[0] = True
+    return sinks
+
+
+def _directed(states: Float[Tensor, "depth tokens hidden"]) -> Bool[Tensor, " tokens"]:
+    """Tokens that are nowhere the zero vector, which has no direction."""
+    return (states != 0).any(-1).all(0)

@@ -1,0 +1,251 @@
+"""Survey a model: read text, measure its trajectories as they pass, and keep the outcome as an atlas."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import restpoint
+from restpoint.errors import RestpointError
+from restpoint.model.fingerprint import fingerprint
+from restpoint.model.watch import WatchedLayers
+from restpoint.trajectory.atlas import Atlas, Subject
+from restpoint.trajectory.geometry import Geometry
+from restpoint.trajectory.lens import Lens, Predict, Readout
+from restpoint.trajectory.measure import Measure
+from restpoint.trajectory.options import MEASURES, SurveyOptions
+from restpoint.trajectory.pairs import Pairs
+from restpoint.trajectory.partial import Partial
+from restpoint.trajectory.reading import Cut, Piece, Reader, Sample, batches
+from restpoint.trajectory.scenes import Scene, scene
+from restpoint.trajectory.surveyed import Surveyed
+
+Progress = Callable[[str, int, int], None]
+
+_EVERY = 64
+
+
+def survey(
+    subject: Surveyed,
+    samples: Iterable[Sample],
+    options: SurveyOptions | None = None,
+    *,
+    lenses: Mapping[str, Predict] | None = None,
+    folder: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Atlas:
+    """Measure the trajectories of a model on a corpus, in one pass and constant memory.
+
+    Args:
+        subject: the model.
+        samples: texts, or inputs of any kind; read until ``options.max_tokens``.
+        options: what to measure.
+        lenses: further lenses by name, beside the logit lens.
+        folder: keeps what is measured so far; the same call goes on from there after an interruption.
+        progress: called with ``read``, tokens so far, and tokens in all.
+
+    Raises:
+        RestpointError: there is no layer list, nothing to read, a state is not finite, a measure that was named cannot
+            be made of this model, or the folder holds the survey of something else.
+    """
+    options = options or SurveyOptions()
+    began = time.perf_counter()
+    layers = WatchedLayers(subject.model, options.part or "", options.layers or "")
+    reader = Reader(layers)
+    readout = subject.readout()
+    measures, notes = _measures(readout, options, lenses)
+    which, count = options.shares()
+    partial = Partial(Path(folder), measures, _recipe(subject, options, layers.path)) if folder is not None else None
+    done = partial.resume() if partial else 0
+    every = options.checkpoint_every or _EVERY
+    cut = Cut(samples, subject.tokenizer, options.sequence_length, options.max_tokens)
+    looked_at: dict[str, list[Piece]] = {}
+
+    def seen() -> Iterator[Piece]:
+        for piece in cut:
+            if progress:
+                progress("read", cut.tokens, options.max_tokens)
+            if piece.ids and len(looked_at.setdefault(piece.domain, [])) < options.scenes:
+                looked_at[piece.domain].append(piece)
+            yield piece
+
+    for number, batch in enumerate(batches(seen(), options.batch)):
+        if number < done or number % count != which:
+            continue
+        for trajectory in reader.read(batch):
+            for measure in measures:
+                measure.add(trajectory)
+        if partial and (number // count + 1) % every == 0:
+            partial.save(number + 1)
+    if not cut.texts:
+        raise RestpointError("text: there is nothing in it to read; give a text of at least two tokens")
+    if progress:
+        progress("read", options.max_tokens, options.max_tokens)
+    atlas = Atlas(
+        subject=_describe(subject, layers),
+        corpus={
+            "texts": cut.texts,
+            "tokens": cut.tokens,
+            "skipped": cut.skipped,
+            "domains": cut.domains,
+            "hash": cut.hash,
+            "shares": [which] if count > 1 else [],
+        },
+        conditions=_conditions(subject.model, options, time.perf_counter() - began, notes),
+        results={measure.name: measure.results() for measure in measures if measure.sums},
+        papers={measure.name: measure.papers for measure in measures if measure.sums},
+        scenes=_scenes(reader, subject, readout, _in_turn(looked_at, options.scenes)),
+        sums={measure.name: measure.sums for measure in measures if measure.sums} if count > 1 else {},
+    )
+    if partial:
+        partial.remove()
+    return atlas
+
+
+def merge(atlases: Sequence[Atlas]) -> Atlas:
+    """The atlas of a whole corpus from those of its shares.
+
+    Raises:
+        RestpointError: they are of different models, texts or options, or a share is missing or there twice.
+    """
+    if not atlases:
+        raise RestpointError("atlases: there is none; give those of all shares")
+    first = atlases[0]
+    options = _options_of(first)
+    for other in atlases[1:]:
+        for what, one, two in (
+            ("model", first.subject, other.subject),
+            ("text", first.corpus["hash"], other.corpus["hash"]),
+            ("options", replace(options, share=None), replace(_options_of(other), share=None)),
+        ):
+            if one != two:
+                raise RestpointError(f"atlases: they differ in their {what}; merge shares of one survey only")
+    shares = sorted(share for atlas in atlases for share in atlas.corpus["shares"])
+    count = options.shares()[1]
+    if shares != list(range(count)) or count == 1:
+        told = ", ".join(f"{share + 1}/{count}" for share in shares) or "none"
+        raise RestpointError(f"atlases: of {count} shares there are {told}; give each of them once")
+    names = dict.fromkeys(name for atlas in atlases for name in atlas.sums)
+    measures = [_restored(first, name) for name in names]
+    for other in atlases[1:]:
+        for measure in measures:
+            measure.merge(_restored(other, measure.name))
+    seconds = sum(atlas.conditions["seconds"] for atlas in atlases)
+    return replace(
+        first,
+        corpus=first.corpus | {"shares": []},
+        papers={measure.name: measure.papers for measure in measures},
+        conditions=first.conditions | {"seconds": seconds, "options": asdict(replace(options, share=None))},
+        results={measure.name: measure.results() for measure in measures},
+        sums={},
+    )
+
+
+# --- what is measured ---
+
+_Maker = Callable[[Readout, SurveyOptions, Mapping[str, Predict]], Measure]
+
+_MAKERS: dict[str, _Maker] = {
+    "geometry": lambda _readout, _options, _lenses: Geometry(),
+    "pairs": lambda _readout, options, _lenses: Pairs(seed=options.seed),
+    "lens": lambda readout, _options, lenses: Lens(readout, lenses),
+}
+_READ = ("lens", "saturation", "bounds")
+"""What needs a law over tokens for every state."""
+
+
+def _measures(
+    readout: Readout | None, options: SurveyOptions, lenses: Mapping[str, Predict] | None
+) -> tuple[list[Measure], list[str]]:
+    """The measures that this model allows, and notes on those that it does not."""
+    chosen = options.measures or MEASURES
+    notes = []
+    if readout is None:
+        left_out = [name for name in chosen if name in _READ]
+        if options.measures and left_out:
+            raise RestpointError(f"measures: {left_out[0]} needs a causal LM whose head was found; leave it out")
+        chosen = tuple(name for name in chosen if name not in _READ)
+        notes += [f"{name} is left out: the model has no head that could be found" for name in left_out]
+    return [_MAKERS[name](readout or _unread, options, lenses or {}) for name in chosen if name in _MAKERS], notes
+
+
+def _restored(atlas: Atlas, name: str) -> Measure:
+    """A measure with what a share's atlas holds of it."""
+    measure = _MAKERS[name](_unread, _options_of(atlas), {})
+    measure.restore(atlas.sums.get(name, {}))
+    return measure
+
+
+def _unread(_states: Tensor) -> Tensor:
+    raise RestpointError("readout: there is none; only what was measured before can be merged")
+
+
+def _in_turn(pieces: Mapping[str, Sequence[Piece]], most: int) -> list[Piece]:
+    """So many, the domains taking turns."""
+    rounds = zip_longest(*pieces.values())
+    return [piece for turn in rounds for piece in turn if piece is not None][:most]
+
+
+def _scenes(reader: Reader, subject: Surveyed, readout: Readout | None, pieces: Sequence[Piece]) -> list[Scene]:
+    if subject.tokenizer is None:
+        return []
+    tokenizer = subject.tokenizer
+    return [scene(trajectory, readout, tokenizer) for piece in pieces for trajectory in reader.read([piece])]
+
+
+# --- what goes into the artefact beside numbers ---
+
+
+def _describe(subject: Surveyed, layers: WatchedLayers) -> Subject:
+    model = subject.model
+    config = model.config.get_text_config()
+    unembedding = model.get_output_embeddings()
+    return Subject(
+        model=subject.name,
+        fingerprint=fingerprint(model, subject.tokenizer),
+        family=model.config.model_type,
+        part=layers.path,
+        layers=len(layers.layers),
+        hidden=int(getattr(config, "hidden_size", 0)),
+        vocabulary=0 if unembedding is None else int(unembedding.weight.shape[0]),
+        parameters=sum(own.numel() for own in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        untrained=subject.untrained,
+    )
+
+
+def _conditions(model: PreTrainedModel, options: SurveyOptions, seconds: float, notes: list[str]) -> dict[str, Any]:
+    return {
+        "restpoint": restpoint.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": str(model.device),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "options": asdict(options),
+        "notes": notes,
+    }
+
+
+def _options_of(atlas: Atlas) -> SurveyOptions:
+    known: dict[str, Any] = dict(atlas.conditions["options"])
+    return SurveyOptions(**{**known, "measures": tuple(known["measures"])})
+
+
+def _recipe(subject: Surveyed, options: SurveyOptions, path: str) -> dict[str, Any]:
+    """What a survey that is taken up again must have in common with what it was."""
+    own = {name: value for name, value in asdict(options).items() if name != "checkpoint_every"}
+    mark = fingerprint(subject.model, subject.tokenizer)
+    return json.loads(json.dumps({"options": own, "model": mark, "untrained": subject.untrained, "path": path}))

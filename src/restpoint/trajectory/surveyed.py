@@ -1,0 +1,46 @@
+"""A model to be surveyed, of any kind, and its twin with random weights."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from restpoint.errors import RestpointError
+from restpoint.model.layered import LayeredModel
+from restpoint.trajectory.lens import Readout
+
+
+@dataclass(frozen=True, eq=False)
+class Surveyed:
+    """A model to be surveyed.
+
+    Attributes:
+        name: of the checkpoint.
+        model: any model of ``transformers``.
+        tokenizer: None where it reads no text.
+        untrained: whether its weights are random.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
+    untrained: bool = False
+
+    def readout(self) -> Readout | None:
+        """Final norm and unembedding of a causal LM; None where there is none that could be found and checked."""
+        if self.model.get_output_embeddings() is None or not self.model.can_generate():
+            return None
+        try:
+            layered = LayeredModel(self.model)
+        except RestpointError:
+            return None
+        return lambda states: layered.logits(states[None].to(layered.dtype))[0]
+
+
+def untrained_twin(subject: Surveyed, seed: int = 0) -> Surveyed:
+    """The same architecture with random weights, as the model's own code initialises them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = type(subject.model)(subject.model.config)
+    model = model.to(dtype=subject.model.dtype, device=subject.model.device).eval().requires_grad_(False)
+    return Surveyed(subject.name, model, subject.tokenizer, untrained=True)

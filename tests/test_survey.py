@@ -1,0 +1,225 @@
+"""A survey of a model: resumed, shared out and merged, saved and read again; what cannot be measured is said."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from restpoint import bundled
+from restpoint.errors import RestpointError
+from restpoint.model.load import Loaded
+from restpoint.trajectory.atlas import Atlas
+from restpoint.trajectory.options import SurveyOptions
+from restpoint.trajectory.reading import Sample
+from restpoint.trajectory.survey import merge, survey
+from restpoint.trajectory.surveyed import Surveyed, untrained_twin
+
+OPTIONS = SurveyOptions(max_tokens=1500, sequence_length=64, batch=4, scenes=3, checkpoint_every=2)
+
+
+def samples() -> Iterator[Sample]:
+    return (Sample(text, domain) for domain, text in bundled.documents())
+
+
+@pytest.fixture(scope="module")
+def subject(reference: Loaded) -> Surveyed:
+    return Surveyed(reference.name, reference.model, reference.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def whole(subject: Surveyed) -> Atlas:
+    return survey(subject, samples(), OPTIONS)
+
+
+def same(one: Atlas, other: Atlas, tolerance: float = 1e-10) -> None:
+    assert one.results.keys() == other.results.keys()
+    for measure, results in one.results.items():
+        assert results.keys() == other.results[measure].keys()
+        for name, value in results.items():
+            np.testing.assert_allclose(
+                value, other.results[measure][name], rtol=tolerance, atol=tolerance, err_msg=f"{measure}.{name}"
+            )
+
+
+def test_an_atlas_holds_what_was_asked_for(whole: Atlas, subject: Surveyed) -> None:
+    assert (whole.subject.layers, whole.subject.hidden, whole.subject.vocabulary) == (16, 256, 8192)
+    assert 1499 <= whole.corpus["tokens"] <= 1500
+    assert sum(whole.corpus["domains"].values()) == whole.corpus["tokens"]
+    assert len(whole.scenes) == 3
+    assert len({scene.domain for scene in whole.scenes}) == 3
+    assert whole.results["geometry"]["norm.mean"].shape == (17,)
+    assert not whole.sums
+    for measure, results in whole.results.items():
+        assert whole.papers[measure]
+        assert all(value.dtype == torch.float64 for value in results.values()), measure
+    for scene in whole.scenes:
+        assert scene.plane.shape == (17, len(scene.tokens), 3)
+        for token, settled in enumerate(scene.settled.tolist()):
+            column = [scene.predicted[layer][token] for layer in range(17)]
+            assert len(set(column[settled:])) == 1
+            assert settled == 0 or column[settled - 1] != column[-1] or settled == 16
+
+
+def test_an_interrupted_survey_goes_on(subject: Surveyed, whole: Atlas, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop_at(stage: str, done: int, total: int) -> None:
+        assert stage == "read"
+        assert total == 1500
+        if done > 900:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        survey(subject, samples(), OPTIONS, folder=tmp_path, progress=stop_at)
+    assert (tmp_path / "partial.safetensors").exists()
+    seen = []
+    forward = subject.model.base_model.register_forward_hook(lambda _m, _a, out: seen.append(len(out[0])))
+    try:
+        again = survey(subject, samples(), OPTIONS, folder=tmp_path)
+    finally:
+        forward.remove()
+    assert sum(seen) < whole.corpus["texts"]
+    same(again, whole)
+    assert again.corpus == whole.corpus
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_survey_of_something_else_is_refused(subject: Surveyed, tmp_path: Path) -> None:
+    def stop(_stage: str, done: int, _total: int) -> None:
+        if done > 900:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        survey(subject, samples(), OPTIONS, folder=tmp_path, progress=stop)
+    with pytest.raises(RestpointError, match=r"^output: .*another model or with other options"):
+        survey(subject, samples(), replace(OPTIONS, top=3), folder=tmp_path)
+    with pytest.raises(RestpointError, match=r"^output: "):
+        survey(untrained_twin(subject), samples(), OPTIONS, folder=tmp_path)
+
+
+def test_shares_merge_to_the_whole(subject: Surveyed, whole: Atlas, tmp_path: Path) -> None:
+    shares = []
+    for number in (1, 2, 3):
+        survey(subject, samples(), replace(OPTIONS, share=f"{number}/3")).save(tmp_path / str(number))
+        shares.append(Atlas.load(tmp_path / str(number)))
+    merged = merge([shares[2], shares[0], shares[1]])
+    same(merged, whole)
+    assert merged.corpus == whole.corpus
+    with pytest.raises(RestpointError, match="of 3 shares there are 1/3, 2/3; give each of them once"):
+        merge(shares[:2])
+    with pytest.raises(RestpointError, match="give each of them once"):
+        merge([*shares, shares[0]])
+    with pytest.raises(RestpointError, match="of 1 shares there are none"):
+        merge([whole])
+
+
+def test_shares_of_different_surveys_do_not_merge(subject: Surveyed) -> None:
+    one = survey(subject, samples(), replace(OPTIONS, share="1/2", measures=("geometry",)))
+    other = survey(subject, samples(), replace(OPTIONS, share="2/2", measures=("geometry",), sequence_length=32))
+    with pytest.raises(RestpointError, match="differ in their text"):
+        merge([one, other])
+    twin = survey(untrained_twin(subject), samples(), replace(OPTIONS, share="2/2", measures=("geometry",)))
+    with pytest.raises(RestpointError, match="differ in their model"):
+        merge([one, twin])
+
+
+def test_an_atlas_is_read_as_it_was_written(whole: Atlas, tmp_path: Path) -> None:
+    whole.save(tmp_path)
+    again = Atlas.load(tmp_path)
+    same(again, whole, 0.0)
+    assert again.subject == whole.subject
+    assert again.corpus == whole.corpus
+    assert again.conditions == json.loads(json.dumps(whole.conditions))
+    for one, other in zip(again.scenes, whole.scenes, strict=True):
+        assert (one.text, one.tokens, one.predicted) == (other.text, other.tokens, other.predicted)
+        torch.testing.assert_close(one.plane, other.plane)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda folder: (folder / "atlas.json").unlink(), "holds none"),
+        (lambda folder: (folder / "atlas.json").write_text("{"), "is damaged"),
+        (lambda folder: (folder / "atlas.safetensors").write_bytes(b"x"), "is damaged"),
+        (lambda folder: rewrite(folder, format=99), "format 99, of a newer restpoint"),
+        (lambda folder: rewrite(folder, tensors="0"), "files of two different atlases"),
+    ],
+)
+def test_an_atlas_that_cannot_be_read_says_why(whole: Atlas, tmp_path: Path, change, told: str) -> None:
+    whole.save(tmp_path)
+    change(tmp_path)
+    with pytest.raises(RestpointError, match=f"^atlas: .*{told}"):
+        Atlas.load(tmp_path)
+
+
+def rewrite(folder: Path, **fields: Any) -> None:
+    path = folder / "atlas.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_an_untrained_twin_differs_as_theory_says(subject: Surveyed, whole: Atlas) -> None:
+    """The same shape and text; random layers hardly move a token towards what is predicted at the end."""
+    twin = survey(untrained_twin(subject), samples(), OPTIONS)
+    assert twin.subject.untrained
+    assert twin.subject.layers == whole.subject.layers
+    assert twin.subject.fingerprint != whole.subject.fingerprint
+    assert twin.corpus["hash"] == whole.corpus["hash"]
+    assert twin.results["lens"]["logit.kl"][1] < 0.1 * whole.results["lens"]["logit.kl"][1]
+    again = untrained_twin(subject).model
+    for one, other in zip(again.parameters(), untrained_twin(subject).model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_encoder_is_surveyed_without_what_needs_a_head(reference: Loaded) -> None:
+    config = hf.BertConfig(
+        vocab_size=8192, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
+    )
+    encoder = Surveyed("bert", hf.BertModel(config).eval(), reference.tokenizer)
+    atlas = survey(encoder, samples(), OPTIONS)
+    assert {"geometry", "pairs"} <= set(atlas.results)
+    assert not {"lens", "saturation", "bounds"} & set(atlas.results)
+    assert any(note.startswith("lens is left out") for note in atlas.conditions["notes"])
+    assert atlas.scenes[0].predicted == []
+    with pytest.raises(RestpointError, match="measures: lens needs a causal LM"):
+        survey(encoder, samples(), replace(OPTIONS, measures=("lens",)))
+
+
+def test_images_are_surveyed_without_a_tokenizer() -> None:
+    config = hf.ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8
+    )
+    generator = torch.Generator().manual_seed(0)
+    images = [Sample({"pixel_values": torch.randn(1, 3, 32, 32, generator=generator)}, "noise") for _ in range(6)]
+    atlas = survey(Surveyed("vit", hf.ViTModel(config).eval()), images, OPTIONS)
+    assert atlas.corpus["texts"] == 6
+    assert atlas.results["geometry"]["step.mean"].shape == (3,)
+    assert not atlas.scenes
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"measures": ("geometri",)}, "measures: 'geometri' is unknown; choose from geometry"),
+        ({"max_tokens": 1}, "max_tokens is 1"),
+        ({"sequence_length": 1}, "sequence_length is 1; a trajectory needs two tokens"),
+        ({"share": "3/2"}, "share is '3/2'; write it as 1/4"),
+        ({"share": "half"}, "share is 'half'"),
+        ({"batch": 0}, "batch is 0"),
+        ({"scenes": -1}, "scenes is -1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(RestpointError, match=told):
+        SurveyOptions(**fields)
+
+
+def test_nothing_to_read_is_said(subject: Surveyed) -> None:
+    with pytest.raises(RestpointError, match=r"^text: there is nothing in it to read"):
+        survey(subject, [Sample(""), Sample(" ")], OPTIONS)
