@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from restpoint import bundled, cli, console
-from restpoint.cli import main
+from restpoint.cli import loading, main
 from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs, device_name
 from restpoint.equilibrium.predictors import IdentityPredictor
@@ -28,7 +28,7 @@ CPU = ["--dtype", "float32", "--device", "cpu"]
 
 @pytest.fixture(autouse=True)
 def _no_bundled_profile(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "PROFILE_PATH", tmp_path / "none")
+    monkeypatch.setattr(loading, "PROFILE_PATH", tmp_path / "none")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_flags_are_those_of_the_library():
     keywords = {
         name: one.default for name, one in inspect.signature(load).parameters.items() if one.kind is one.KEYWORD_ONLY
     }
-    assert {one.name: one.default for one in fields(cli.LoadFlags) if one.name != "threads"} == keywords
+    assert {one.name: one.default for one in fields(loading.LoadFlags) if one.name != "threads"} == keywords
 
 
 # --- generate ---
@@ -127,7 +127,7 @@ def test_stats_go_beside_the_text(capsys, expected, profile):
 
 
 def test_bundled_profile_serves_the_bundled_model_unless_plain(capsys, monkeypatch, profile):
-    monkeypatch.setattr(cli, "PROFILE_PATH", profile)
+    monkeypatch.setattr(loading, "PROFILE_PATH", profile)
     common = ["--stats", "--max-tokens", "4", *CPU, PROMPT]
     seen = []
     for arguments in (["generate", *common], ["generate", "--plain", *common]):
