@@ -1,6 +1,7 @@
 """How far each layer's next-token law is from the last one's, and what the geometry of logits and steps says of it."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64
@@ -55,7 +56,11 @@ class Bounds(Measure):
         Cohen, Fausti 2023, "Hyperbolic contractivity and the Hilbert metric on probability measures".
     """
 
-    name = "bounds"
+    name: ClassVar[str] = "bounds"
+    papers: ClassVar[tuple[str, ...]] = (
+        "Cohen, Fausti 2023, Hyperbolic contractivity and the Hilbert metric on probability measures",
+        "Villani 2009, Optimal Transport: Old and New",
+    )
 
     def __init__(
         self,

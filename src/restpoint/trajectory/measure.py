@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -56,11 +56,13 @@ class Measure(ABC):
     Attributes:
         name: of the measure, in files and results.
         needs_attention: whether trajectories must come with their attention.
+        papers: that it follows.
         sums: by name.
     """
 
     name: ClassVar[str]
     needs_attention: ClassVar[bool] = False
+    papers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -73,7 +75,7 @@ class Measure(ABC):
     def results(self) -> dict[str, Float64[Tensor, "..."]]:
         """What it comes to, by name: profiles over depth, histograms, matrices."""
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "Measure") -> None:
         """Add what another one has seen.
 
         Raises:

@@ -1,5 +1,7 @@
 """How far the cloud of a text's tokens still has to travel at each layer."""
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float64
 from torch import Tensor
@@ -13,7 +15,7 @@ from restpoint.transport.sinkhorn import sinkhorn, sinkhorn_within, squared_dist
 from restpoint.transport.sliced import between_quantiles, quantiles, random_projections
 
 _FLAT = 0.05
-_SEED = 20240
+_TOLERANCE = 1e-4  # of marginals; the entropic value is off by its square
 
 
 class Transport(Measure):
@@ -44,11 +46,12 @@ class Transport(Measure):
     Args:
         every: texts whose index is a multiple of this are measured.
         tokens: at most so many evenly spaced tokens of a text.
-        projections: random lines; they depend on the states' size only, so that texts, layers and models of one size
-            are compared along the same ones.
+        projections: random lines.
         regularisation: of "sinkhorn", as a share of the mean squared distance within the final cloud; None leaves it
             out, since it costs far more than the others.
         iterations: of each Sinkhorn problem at most.
+        seed: of the lines, which depend on it and on the states' size only: texts, layers and models of one size are
+            compared along the same ones.
 
     Raises:
         RestpointError: a number is out of range, or a state is not finite.
@@ -57,7 +60,12 @@ class Transport(Measure):
         Dowson, Landau 1982; Rabin et al. 2011; Feydy et al. 2019.
     """
 
-    name = "transport"
+    name: ClassVar[str] = "transport"
+    papers: ClassVar[tuple[str, ...]] = (
+        "Dowson, Landau 1982, The Frechet distance between multivariate normal distributions",
+        "Rabin, Peyre, Delon, Bernot 2011, Wasserstein barycenter and its application to texture mixing",
+        "Feydy et al. 2019, Interpolating between optimal transport and MMD using Sinkhorn divergences",
+    )
 
     def __init__(
         self,
@@ -66,6 +74,7 @@ class Transport(Measure):
         projections: int = 64,
         regularisation: float | None = None,
         iterations: int = 500,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         for argument, value, least in (
@@ -83,6 +92,7 @@ class Transport(Measure):
         self.projections = projections
         self.regularisation = regularisation
         self.iterations = iterations
+        self.seed = seed
 
     @torch.no_grad()
     def add(self, trajectory: Trajectory) -> None:
@@ -117,7 +127,7 @@ class Transport(Measure):
 
     def _sliced(self, clouds: Tensor) -> tuple[Tensor, Tensor]:
         dim = clouds.shape[-1]
-        lines = random_projections(dim, self.projections, torch.Generator().manual_seed(_SEED + dim))
+        lines = random_projections(dim, self.projections, torch.Generator().manual_seed(self.seed))
         along = quantiles(clouds, lines)
         return between_quantiles(along[:-1], along[-1:]), between_quantiles(along[:-1], along[1:])
 
@@ -130,8 +140,9 @@ class Transport(Measure):
             return nothing, nothing
         # Not `sinkhorn_divergence` of the pairs: each cloud's transport to itself is needed once, not in every pair.
         source, target = _pairs(clouds)
-        within = sinkhorn_within(squared_distances(clouds, clouds), strength, max_iterations=self.iterations)
-        between = sinkhorn(squared_distances(source, target), strength, max_iterations=self.iterations)
+        limits = {"max_iterations": self.iterations, "tolerance": _TOLERANCE}
+        within = sinkhorn_within(squared_distances(clouds, clouds), strength, **limits)
+        between = sinkhorn(squared_distances(source, target), strength, **limits)
         self._add(f"{kind}.sinkhorn.unconverged", (~torch.cat([within.converged, between.converged])).sum())
         first, second = _pairs(within.entropic_value)
         return _parted(between.entropic_value - (first + second) / 2)
