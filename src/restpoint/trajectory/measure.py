@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -73,7 +73,7 @@ class Measure(ABC):
     def results(self) -> dict[str, Float64[Tensor, "..."]]:
         """What it comes to, by name: profiles over depth, histograms, matrices."""
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: "Measure") -> None:
         """Add what another one has seen.
 
         Raises:
