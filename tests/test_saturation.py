@@ -201,7 +201,7 @@ def test_arguments_are_refused_by_name(argument: str) -> None:
 
 
 def test_k_above_the_vocabulary_is_refused_by_name() -> None:
-    with pytest.raises(RestpointError, match="^k is 9 and the vocabulary has 8 tokens"):
+    with pytest.raises(RestpointError, match=r"^k is 9 and the vocabulary has 8 tokens"):
         Saturation(identity, k=9).add(Trajectory(ladder([[0], [1]]), 0))
 
 

@@ -60,7 +60,11 @@ def observing_attention(model: PreTrainedModel, sink: Callable[[LayerAttention],
     """
     _require_interface(model)
     name = f"restpoint_observed_{uuid4().hex}"
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {}  # by identity: layers share theirs, and parts of one model may have their own
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            configs[id(config)] = config
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     ALL_ATTENTION_FUNCTIONS.register(name, _Observer(sink))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, eager_mask)
