@@ -263,6 +263,8 @@ def test_arguments_are_refused_by_name() -> None:
         Sinks(threshold=30.0)
     with pytest.raises(RestpointError, match=r"^vocabulary is -1"):
         Sinks(vocabulary=-1)
+    with pytest.raises(RestpointError, match=r"^vocabulary is 5 and a text has the id"):
+        Sinks(vocabulary=5).add(text(0))
     with pytest.raises(RestpointError, match=r"^trajectory: it has no attention"):
         Sinks().add(Trajectory(torch.ones(2, 64, 3), 0))
     with pytest.raises(RestpointError, match=r"^token is 96"):

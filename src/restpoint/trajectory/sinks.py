@@ -135,14 +135,19 @@ class Sinks(Measure):
         self._add(f"texts.{trajectory.domain}", torch.tensor(1))
 
     def _add_dispersed(self, trajectory: Trajectory, attention: Attention) -> None:
-        sinks = (attention.received > self.threshold).any(1)
+        sinks = (attention.received > self.threshold).any(1).cpu()
         sinks[:, 0] = False
         sinks[:, max(1, self.length - _FEWEST_QUERIES + 1) :] = False
         self._add("dispersed", sinks.sum(-1))
         if self.vocabulary and trajectory.ids is not None:
-            looked_at = trajectory.ids[1 : max(1, self.length - _FEWEST_QUERIES + 1)]
+            ids = trajectory.ids.cpu()
+            if not bool((ids < self.vocabulary).all()):
+                raise RestpointError(
+                    f"vocabulary is {self.vocabulary} and a text has the id {int(ids.max())}; give more"
+                )
+            looked_at = ids[1 : max(1, self.length - _FEWEST_QUERIES + 1)]
             self._add("ids", torch.bincount(looked_at, minlength=self.vocabulary))
-            self._add("ids.sinks", torch.bincount(trajectory.ids[sinks.any(0)], minlength=self.vocabulary))
+            self._add("ids.sinks", torch.bincount(ids[sinks.any(0)], minlength=self.vocabulary))
 
     def _add_peaks(self, trajectory: Trajectory, attention: Attention) -> None:
         peaks = residual_peaks(trajectory.states)
@@ -154,7 +159,7 @@ class Sinks(Measure):
         self._add("peaks.dimensions", peaks.sum(-2))
         self._add("magnitude", torch.where(median > 0, size.amax(-1) / median, 0))
         self._add("massive", massive.sum())
-        self._add("massive.received", attention.received[..., massive].sum(-1).mean(-1))
+        self._add("massive.received", attention.received[..., massive.to(attention.received.device)].sum(-1).mean(-1))
 
     def results(self) -> dict[str, Float64[Tensor, "..."]]:
         """As the class says; of texts that were all passed over, only how many."""

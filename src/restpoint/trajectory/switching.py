@@ -79,9 +79,11 @@ def inject(
     """
     if not 0 <= layer < layered.depth:
         raise RestpointError(f"layer is {layer} and the model has {layered.depth}; give one from 0 on, below that")
-    emitted = layered.logits(layered.run(layered.plan(ids[None]))[:, -1:])[0, 0].argmax()
+    own = layered.plan(ids[None])
+    before = layered.run(own, 0, layer)  # once: up to there the runs are the same
+    emitted = layered.logits(layered.run(own, layer, hidden=before)[:, -1:])[0, 0].argmax()
     plan = layered.plan(ids.expand(len(states), -1))
-    hidden = layered.run(plan, 0, layer).clone()
+    hidden = before.expand(len(states), -1, -1).clone()
     hidden[:, -1] = states.to(hidden)
     kept = [hidden]
     layered.run(plan, layer, hidden=hidden, keep=kept)
@@ -134,7 +136,7 @@ def measure_switching(
         total += runs
     if not total:
         raise RestpointError("texts: the last token of none was at task 1 with a layer to spare; pass more texts")
-    switched, control = (counts / total).tolist()
+    switched, control = (counts.double() / total).tolist()
     return Switching(total, *switched, *control)
 
 
