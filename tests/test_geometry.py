@@ -11,9 +11,10 @@ from restpoint.model.layered import LayeredModel
 from restpoint.trajectory.geometry import Geometry, rank_collapse
 from restpoint.trajectory.histogram import Scale
 from restpoint.trajectory.kinematics import MOTIONS, kinematics
-from restpoint.trajectory.lens import Lens, spread
+from restpoint.trajectory.lens import Lens
 from restpoint.trajectory.measure import Measure, Trajectory
 from restpoint.trajectory.pairs import Pairs
+from restpoint.trajectory.sampling import evenly_spaced
 
 
 def cloud(index: int = 0, depth: int = 5, tokens: int = 40, hidden: int = 6) -> Trajectory:
@@ -184,7 +185,7 @@ def test_lens_against_laws_taken_one_by_one() -> None:
     measure = Lens(lambda states: layered.logits(states[None])[0], {"half": lambda l, s: s / 2 if l == 1 else None}, 1)
     measure.add(text)
     found = measure.results()
-    chosen = text.states[:, spread(70, 64)]
+    chosen = text.states[:, evenly_spaced(70, 64)]
     logs = [model.lm_head(model.model.norm(own)).log_softmax(-1).double() for own in chosen]
     assert logs[0].shape[-1] == VOCABULARY
     for layer, own in enumerate(logs):
@@ -204,8 +205,8 @@ def test_lens_against_laws_taken_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(("count", "most"), [(3, 64), (64, 64), (65, 64), (1000, 64)])
-def test_spread_is_even_and_keeps_the_last(count: int, most: int) -> None:
-    places = spread(count, most)
+def test_tokens_looked_at_are_spread_and_even_and_keeps_the_last(count: int, most: int) -> None:
+    places = evenly_spaced(count, most)
     assert len(places) == len(set(places.tolist())) == min(count, most)
     assert places[-1] == count - 1
 

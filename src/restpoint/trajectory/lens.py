@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from restpoint.errors import RestpointError
 from restpoint.trajectory.measure import Measure, Trajectory
+from restpoint.trajectory.sampling import evenly_spaced
 from restpoint.transport.variation import total_variation
 
 Readout = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocabulary"]]
@@ -16,13 +17,6 @@ Readout = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocab
 
 Predict = Callable[[int, Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens hidden"] | None]
 """The rest state that a lens expects after the state of a layer, or None where it has no map for that layer."""
-
-
-def spread(count: int, most: int) -> Int[Tensor, " chosen"]:
-    """At most so many of ``count`` places, evenly spaced, the last one among them."""
-    if count <= most:
-        return torch.arange(count)
-    return torch.linspace(0, count - 1, most).round().long()
 
 
 class Lens(Measure):
@@ -68,7 +62,7 @@ class Lens(Measure):
         """See :meth:`Measure.add`."""
         if trajectory.index % self.every:
             return
-        states = trajectory.states[:, spread(trajectory.states.shape[1], self.tokens)]
+        states = trajectory.states[:, evenly_spaced(trajectory.states.shape[1], self.tokens)]
         last = self.readout(states[-1]).float().log_softmax(-1)
         law, best = last.exp(), last.argmax(-1)
         depth = len(states)

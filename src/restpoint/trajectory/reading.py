@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from restpoint.errors import RestpointError
+from restpoint.model.attention_taps import LayerAttention, observing_attention
 from restpoint.model.watch import WatchedLayers
+from restpoint.trajectory.attention import stack_attention
 from restpoint.trajectory.measure import Trajectory
 
 _MIX = 0x9E3779B97F4A7C15
@@ -174,6 +176,19 @@ class Reader:
             Trajectory(states[:, row], piece.index, torch.tensor(piece.ids) if piece.ids else None, piece.domain)
             for row, piece in enumerate(pieces)
         ]
+
+    @torch.inference_mode()
+    def read_attention(self, piece: Piece, length: int) -> Trajectory:
+        """The trajectory of the first tokens of a text, with what attention did in every layer.
+
+        Raises:
+            RestpointError: the model's attention cannot be observed.
+        """
+        observed: list[LayerAttention] = []
+        start = replace(piece, ids=piece.ids[:length])
+        with observing_attention(self.model, observed.append):
+            (trajectory,) = self.read([start])
+        return replace(trajectory, attention=stack_attention(observed)[0])
 
     def _states(self, pieces: Sequence[Piece]) -> Float[Tensor, "depth batch tokens hidden"]:
         device = self.model.device

@@ -162,7 +162,7 @@ class Saturation(Measure):
         """Read one text; the texts between the sampled ones are passed over."""
         if trajectory.index % self.every:
             return
-        states = trajectory.states[:, evenly(trajectory.states.shape[1], self.tokens)]
+        states = trajectory.states[:, evenly_spaced(trajectory.states.shape[1], self.tokens)]
         self.observe(saturation_layers(top_tokens(states, self.readout, self.k)), len(states), trajectory.index)
 
     def observe(self, layers: Int[Tensor, "tokens k"], depth: int, index: int) -> None:
@@ -202,10 +202,3 @@ class Saturation(Measure):
             "tau.null": null,
             "tau.p": torch.where(ranked > 0, (1 + reached) / (1 + len(null)), torch.nan),
         }
-
-
-def evenly(length: int, count: int) -> Int[Tensor, " sampled"]:
-    """Evenly spaced positions, the first and the last among them; all where there are no more than ``count``."""
-    if count >= length:
-        return torch.arange(length)
-    return torch.linspace(0, length - 1, count, dtype=torch.float64).round().long()

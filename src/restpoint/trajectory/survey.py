@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import restpoint
@@ -20,19 +19,20 @@ from restpoint.errors import RestpointError
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.watch import WatchedLayers
 from restpoint.trajectory.atlas import Atlas, Subject
-from restpoint.trajectory.geometry import Geometry
-from restpoint.trajectory.lens import Lens, Predict, Readout
-from restpoint.trajectory.measure import Measure
-from restpoint.trajectory.options import MEASURES, SurveyOptions
-from restpoint.trajectory.pairs import Pairs
+from restpoint.trajectory.lens import Predict
+from restpoint.trajectory.measures import Means, allowed, make
+from restpoint.trajectory.options import SurveyOptions
 from restpoint.trajectory.partial import Partial
 from restpoint.trajectory.reading import Cut, Piece, Reader, Sample, batches
 from restpoint.trajectory.scenes import Scene, scene
-from restpoint.trajectory.surveyed import Surveyed
+from restpoint.trajectory.sinks import LENGTH
+from restpoint.trajectory.surveyed import Surveyed, layered_readout
 
 Progress = Callable[[str, int, int], None]
 
 _EVERY = 64
+_ATTENDED = 4
+"""Of so many pieces, one is read with its attention."""
 
 
 def survey(
@@ -62,13 +62,14 @@ def survey(
     began = time.perf_counter()
     layers = WatchedLayers(subject.model, options.part or "", options.layers or "")
     reader = Reader(layers)
-    readout = subject.readout()
-    measures, notes = _measures(readout, options, lenses)
+    measures, notes = allowed(subject, options, lenses)
     which, count = options.shares()
     partial = Partial(Path(folder), measures, _recipe(subject, options, layers.path)) if folder is not None else None
     done = partial.resume() if partial else 0
     every = options.checkpoint_every or _EVERY
     cut = Cut(samples, subject.tokenizer, options.sequence_length, options.max_tokens)
+    of_attention = [measure for measure in measures if measure.needs_attention]
+    of_states = [measure for measure in measures if not measure.needs_attention]
     looked_at: dict[str, list[Piece]] = {}
 
     def seen() -> Iterator[Piece]:
@@ -83,8 +84,12 @@ def survey(
         if number < done or number % count != which:
             continue
         for trajectory in reader.read(batch):
-            for measure in measures:
+            for measure in of_states:
                 measure.add(trajectory)
+        for measure in of_attention:
+            for piece in batch:
+                if piece.index % _ATTENDED == 0 and len(piece.ids) >= LENGTH:
+                    measure.add(reader.read_attention(piece, LENGTH))
         if partial and (number // count + 1) % every == 0:
             partial.save(number + 1)
     if not cut.texts:
@@ -104,7 +109,7 @@ def survey(
         conditions=_conditions(subject.model, options, time.perf_counter() - began, notes),
         results={measure.name: measure.results() for measure in measures if measure.sums},
         papers={measure.name: measure.papers for measure in measures if measure.sums},
-        scenes=_scenes(reader, subject, readout, _in_turn(looked_at, options.scenes)),
+        scenes=_scenes(reader, subject, _in_turn(looked_at, options.scenes)),
         sums={measure.name: measure.sums for measure in measures if measure.sums} if count > 1 else {},
     )
     if partial:
@@ -135,11 +140,15 @@ def merge(atlases: Sequence[Atlas]) -> Atlas:
     if shares != list(range(count)) or count == 1:
         told = ", ".join(f"{share + 1}/{count}" for share in shares) or "none"
         raise RestpointError(f"atlases: of {count} shares there are {told}; give each of them once")
-    names = dict.fromkeys(name for atlas in atlases for name in atlas.sums)
-    measures = [_restored(first, name) for name in names]
-    for other in atlases[1:]:
-        for measure in measures:
-            measure.merge(_restored(other, measure.name))
+    measures = []
+    for name in dict.fromkeys(name for atlas in atlases for name in atlas.sums):
+        means = Means(options, vocabulary=first.subject.vocabulary)
+        parts = [make(name, means) for _ in atlases]
+        for part, atlas in zip(parts, atlases, strict=True):
+            part.restore(atlas.sums.get(name, {}))
+        for part in parts[1:]:
+            parts[0].merge(part)
+        measures.append(parts[0])
     seconds = sum(atlas.conditions["seconds"] for atlas in atlases)
     return replace(
         first,
@@ -151,55 +160,17 @@ def merge(atlases: Sequence[Atlas]) -> Atlas:
     )
 
 
-# --- what is measured ---
-
-_Maker = Callable[[Readout, SurveyOptions, Mapping[str, Predict]], Measure]
-
-_MAKERS: dict[str, _Maker] = {
-    "geometry": lambda _readout, _options, _lenses: Geometry(),
-    "pairs": lambda _readout, options, _lenses: Pairs(seed=options.seed),
-    "lens": lambda readout, _options, lenses: Lens(readout, lenses),
-}
-_READ = ("lens", "saturation", "bounds")
-"""What needs a law over tokens for every state."""
-
-
-def _measures(
-    readout: Readout | None, options: SurveyOptions, lenses: Mapping[str, Predict] | None
-) -> tuple[list[Measure], list[str]]:
-    """The measures that this model allows, and notes on those that it does not."""
-    chosen = options.measures or MEASURES
-    notes = []
-    if readout is None:
-        left_out = [name for name in chosen if name in _READ]
-        if options.measures and left_out:
-            raise RestpointError(f"measures: {left_out[0]} needs a causal LM whose head was found; leave it out")
-        chosen = tuple(name for name in chosen if name not in _READ)
-        notes += [f"{name} is left out: the model has no head that could be found" for name in left_out]
-    return [_MAKERS[name](readout or _unread, options, lenses or {}) for name in chosen if name in _MAKERS], notes
-
-
-def _restored(atlas: Atlas, name: str) -> Measure:
-    """A measure with what a share's atlas holds of it."""
-    measure = _MAKERS[name](_unread, _options_of(atlas), {})
-    measure.restore(atlas.sums.get(name, {}))
-    return measure
-
-
-def _unread(_states: Tensor) -> Tensor:
-    raise RestpointError("readout: there is none; only what was measured before can be merged")
-
-
 def _in_turn(pieces: Mapping[str, Sequence[Piece]], most: int) -> list[Piece]:
     """So many, the domains taking turns."""
     rounds = zip_longest(*pieces.values())
     return [piece for turn in rounds for piece in turn if piece is not None][:most]
 
 
-def _scenes(reader: Reader, subject: Surveyed, readout: Readout | None, pieces: Sequence[Piece]) -> list[Scene]:
-    if subject.tokenizer is None:
+def _scenes(reader: Reader, subject: Surveyed, pieces: Sequence[Piece]) -> list[Scene]:
+    tokenizer, layered = subject.tokenizer, subject.layered()
+    if tokenizer is None:
         return []
-    tokenizer = subject.tokenizer
+    readout = None if layered is None else layered_readout(layered)
     return [scene(trajectory, readout, tokenizer) for piece in pieces for trajectory in reader.read([piece])]
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from restpoint.errors import RestpointError
+from restpoint.model.attention_taps import observing_attention
 from restpoint.model.layered import LayeredModel
 from restpoint.trajectory.lens import Readout
 
@@ -26,15 +27,29 @@ class Surveyed:
     tokenizer: PreTrainedTokenizerBase | None = None
     untrained: bool = False
 
-    def readout(self) -> Readout | None:
-        """Final norm and unembedding of a causal LM; None where there is none that could be found and checked."""
+    def layered(self) -> LayeredModel | None:
+        """The model layer by layer with its head; None where it is no causal LM whose head can be found and checked."""
         if self.model.get_output_embeddings() is None or not self.model.can_generate():
             return None
         try:
-            layered = LayeredModel(self.model)
+            return LayeredModel(self.model)
         except RestpointError:
             return None
-        return lambda states: layered.logits(states[None].to(layered.dtype))[0]
+
+    def attention_refused(self) -> str:
+        """Why the model's attention cannot be observed; empty where it can, for texts."""
+        if self.tokenizer is None:
+            return "only texts are read for it"
+        try:
+            with observing_attention(self.model, lambda _layer: None):
+                return ""
+        except RestpointError as error:
+            return str(error).removeprefix("model: ").partition(";")[0]
+
+
+def layered_readout(layered: LayeredModel) -> Readout:
+    """Logits of any layer's states, by the final norm and the unembedding."""
+    return lambda states: layered.logits(states[None].to(layered.dtype))[0]
 
 
 def untrained_twin(subject: Surveyed, seed: int = 0) -> Surveyed:

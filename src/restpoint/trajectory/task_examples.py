@@ -12,7 +12,8 @@ from torch import Tensor
 
 from restpoint.errors import RestpointError
 from restpoint.trajectory.measure import Trajectory
-from restpoint.trajectory.saturation import Readout, evenly, saturation_layers, settles_early, top_tokens
+from restpoint.trajectory.sampling import evenly_spaced
+from restpoint.trajectory.saturation import Readout, saturation_layers, settles_early, top_tokens
 
 
 def task_labels(layers: Int[Tensor, "tokens k"], depth: int) -> Int[Tensor, "depth tokens"]:
@@ -99,7 +100,7 @@ class TaskExamples:
         if trajectory.index % self.every:
             return
         depth, length = trajectory.states.shape[:2]
-        positions = evenly(length, self.tokens)
+        positions = evenly_spaced(length, self.tokens)
         top = top_tokens(trajectory.states[:, positions], self.readout, self.tasks)
         settled = saturation_layers(top)
         labels = torch.where(settles_early(settled, depth - 1), task_labels(settled, depth), 0).cpu()
