@@ -58,6 +58,8 @@ def saturation(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
                 "rank of the token in the prediction",
                 LAYER,
                 lines=[Line("mean", ranks, mean)],
+                layers=read.layers,
+                upright=True,
             )
         )
     histogram = read.array("layer.histogram", 2)
@@ -156,8 +158,8 @@ def bounds(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
         Chart(
             "holds",
             "How often they hold",
-            "A bound holds always, so its line must lie at 1. An estimate that takes steps to contract at a steady rate "
-            "is none, and may fail: this is how often it does not.",
+            "A bound holds always, so its line must lie at 1. An estimate that takes steps to contract at a steady "
+            "rate is none, and may fail: this is how often it does not.",
             LAYER,
             "share of tokens",
             lines=read.profile("bound.holds", "bound") + read.profile("estimate.holds", "estimate", 1),

@@ -8,6 +8,8 @@ import numpy as np
 PALETTE = ("#3b82c4", "#d9622b", "#2a9d76", "#c98a1b", "#a56bb8", "#7f8c8d")
 """Told apart with any colour vision, and legible on white and on black."""
 
+_RELATIVE = "relative depth (layer / number of layers)"
+
 
 @dataclass(frozen=True, eq=False)
 class Line:
@@ -61,7 +63,8 @@ class Chart:
         y: likewise.
         lines: drawn over one another.
         heat: drawn instead of lines.
-        layers: L, where x is the number of a layer; 0 where it is something else.
+        layers: L, where x or y is the number of a layer; 0 where both are something else.
+        upright: whether that is y.
         mark: a layer to point at, with what it is.
         logarithmic: whether y is.
         wide: whether it takes the whole width of the page.
@@ -75,9 +78,15 @@ class Chart:
     lines: list[Line] = field(default_factory=list)
     heat: Heat | None = None
     layers: int = 0
+    upright: bool = False
     mark: tuple[float, str] | None = None
     logarithmic: bool = False
     wide: bool = False
+
+    @property
+    def compared(self) -> bool:
+        """Whether another atlas is drawn into it."""
+        return any(line.second for line in self.lines)
 
     def __bool__(self) -> bool:
         return self.heat is not None or bool(self.lines)
@@ -103,7 +112,13 @@ def _beside(chart: Chart, other: Chart, label: str) -> Chart:
     dashed = [replace(line, name=f"{line.name}, {label}", bands=(), second=True) for line in other.lines]
     if chart.layers == other.layers:
         return replace(chart, lines=chart.lines + dashed)
-    ours = [replace(line, x=line.x / chart.layers) for line in chart.lines]
-    theirs = [replace(line, x=line.x / other.layers) for line in dashed]
+    ours = [_relative(line, chart) for line in chart.lines]
+    theirs = [_relative(line, other) for line in dashed]
+    if chart.upright:
+        return replace(chart, lines=ours + theirs, y=_RELATIVE)
     mark = None if chart.mark is None else (chart.mark[0] / chart.layers, chart.mark[1])
-    return replace(chart, lines=ours + theirs, mark=mark, x="relative depth (layer / number of layers)")
+    return replace(chart, lines=ours + theirs, mark=mark, x=_RELATIVE)
+
+
+def _relative(line: Line, chart: Chart) -> Line:
+    return replace(line, y=line.y / chart.layers) if chart.upright else replace(line, x=line.x / chart.layers)

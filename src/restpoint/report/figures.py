@@ -23,11 +23,17 @@ def figure(chart: Chart) -> dict[str, Any]:
         layout["yaxis"] |= {"type": "category", "nticks": 12}
         return {"data": [_heat(chart.heat)], "layout": layout}
     if chart.logarithmic:
-        layout["yaxis"]["type"] = "log"
-    layout["showlegend"] = len(chart.lines) > 1
+        layout["yaxis"] |= {"type": "log", "nticks": 6}
+    layout["showlegend"] = sum(not line.second for line in chart.lines) > 1
     if chart.mark is not None:
         layout["shapes"] = [
-            {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dot", "width": 1.5, "color": PALETTE[5]}}
+            {
+                "type": "line",
+                "yref": "paper",
+                "y0": 0,
+                "y1": 1,
+                "line": {"dash": "dot", "width": 1.5, "color": PALETTE[5]},
+            }
             | {"x0": chart.mark[0], "x1": chart.mark[0]}
         ]
         layout["annotations"] = [
@@ -74,7 +80,7 @@ def visible(token: str) -> str:
 
 def whole(text: str) -> str:
     """Text that UTF-8 can write: halves of a character, as some tokens are, become replacement characters."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _rounded(value: float, digits: int) -> float | int | None:
@@ -91,17 +97,24 @@ def _line(line: Line) -> list[dict[str, Any]]:
     for (low, high), alpha in zip(line.bands, _BANDS, strict=False):
         edge = {"type": "scatter", "mode": "lines", "line": {"width": 0, "color": colour}, "hoverinfo": "skip"}
         edge |= {"x": x, "showlegend": False}
-        traces += [edge | {"y": rounded(low)}, edge | {"y": rounded(high), "fill": "tonexty", "fillcolor": colour + alpha}]
+        traces += [
+            edge | {"y": rounded(low)},
+            edge | {"y": rounded(high), "fill": "tonexty", "fillcolor": colour + alpha},
+        ]
     drawn = {"type": "scatter", "mode": "lines", "name": line.name, "x": x, "y": rounded(line.y)}
     if len(x) == 1:
         drawn["mode"] = "markers"
     style = {"color": colour, "width": 1.6 if line.second else 2.2, "dash": "dash" if line.second else "solid"}
+    drawn |= {"showlegend": not line.second}  # the caption says what is dashed
     return [*traces, drawn | {"line": style, "hovertemplate": "%{x}: %{y:.4g}"}]
 
 
 def _heat(heat: Heat) -> dict[str, Any]:
     drawn: dict[str, Any] = {"type": "heatmap", "x": heat.columns, "y": heat.rows, "z": rounded(heat.values)}
-    drawn |= {"colorscale": "Viridis", "colorbar": {"title": {"text": heat.unit, "side": "right"}, "thickness": 12}}
+    drawn |= {
+        "colorscale": "Viridis",
+        "colorbar": {"title": {"text": heat.unit, "side": "right", "font": {"size": 11}}, "thickness": 12},
+    }
     drawn["hovertemplate"] = "x %{x}, y %{y}: %{z:.4g}<extra></extra>"
     if heat.limits is not None:
         drawn |= {"zmin": heat.limits[0], "zmax": heat.limits[1]}

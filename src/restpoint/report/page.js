@@ -10,7 +10,7 @@
   function template() {
     const [ink, grid, card] = dark.matches ? ["#c6cbd1", "#2c3238", "#1b1f24"] : ["#4a5159", "#e9ebed", "#ffffff"];
     const axis = { gridcolor: grid, linecolor: grid, zerolinecolor: grid, tickcolor: grid, automargin: true,
-      title: { font: { size: 12 }, standoff: 8 } };
+      title: { font: { size: 11 }, standoff: 8 } };
     return { layout: {
       paper_bgcolor: card, plot_bgcolor: card, font: { color: ink, size: 12, family: "system-ui, sans-serif" },
       xaxis: axis, yaxis: axis, hoverlabel: { bgcolor: card, bordercolor: grid, font: { color: ink } },
@@ -21,7 +21,7 @@
     const phone = innerWidth < 760;
     return {
       margin: { l: 48, r: 12, t: 8, b: 40 }, hovermode: "closest", dragmode: touch ? false : "zoom",
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: phone ? 10 : 11 } },
+      legend: { orientation: "h", traceorder: "normal", x: 0, y: 1.02, yanchor: "bottom", font: { size: phone ? 10 : 11 } },
       ...own, template: template(),
     };
   }
@@ -98,7 +98,7 @@
       return {
         showlegend: false, uirevision: scene.text,
         xaxis: { title: { text: "first principal direction (of states of length 1)" }, range: ends[0] },
-        yaxis: { title: { text: "second principal direction" }, range: ends[1] },
+        yaxis: { title: { text: "second principal direction" }, range: ends[1], scaleanchor: "x" },
       };
     }
 

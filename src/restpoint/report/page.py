@@ -17,8 +17,8 @@ from restpoint.trajectory.atlas import Atlas, Subject
 def write_report(atlas: Atlas, path: Path, compare: Atlas | None = None) -> Path:
     """Write a page that shows an atlas, complete or not at all; a measure that it lacks has no section.
 
-    plotly's script is in the page, which therefore is 5 MB large and can be sent by itself: it asks for nothing, and its
-    own policy forbids it to.
+    plotly's script is in the page, which therefore is 5 MB large and can be sent by itself: it asks for nothing, and
+    its own policy forbids it to.
 
     Args:
         atlas: what was measured.
@@ -105,7 +105,9 @@ def _telling(atlas: Atlas) -> list[tuple[str, str]]:
         found.append((_short(tokens), "tokens read"))
     agreement = _of(atlas, "lens").array("logit.agreement", 1)
     if agreement is not None and (agreement >= 0.5).any():
-        found.append((str(int((agreement >= 0.5).argmax())), "layer from which the logit lens is right half the time"))
+        found.append(
+            (str(int((agreement >= 0.5).argmax())), "first layer at which the logit lens is right half the time")
+        )
     settled = _of(atlas, "saturation").array("layer.mean", 1)
     if settled is not None:
         found.append((shown(round(float(settled[0]), 1)), "mean layer where the first rank settles"))

@@ -40,7 +40,7 @@ _KNOWN: dict[str, list[tuple[str, str, str, Callable[[Reader], Found]]]] = {
         (
             "geometry",
             "Steps, turns and lengths",
-            "h_l is the state of a token after layer l, D_l = h_l - h_{l-1} the step of layer l. Lines are means over "
+            "hₗ is the state of a token after layer l, Dₗ = hₗ - hₗ₋₁ the step of layer l. Lines are means over "
             "tokens; the bands hold the middle half and the middle nine tenths of them.",
             geometry,
         ),
@@ -113,7 +113,9 @@ def label(subject: Subject, compare: Subject) -> str:
     """What the second atlas is called beside the first."""
     if compare.untrained and not subject.untrained:
         return "random weights"
-    return compare.part if compare.model == subject.model and compare.part != subject.part else compare.model
+    if compare.model != subject.model:
+        return compare.model
+    return compare.part if compare.part != subject.part else "the other atlas"
 
 
 def _of_measure(measure: str, atlas: Atlas, compare: Atlas | None) -> list[Section]:

@@ -11,45 +11,46 @@ _QUANTITIES = (
     (
         "step",
         "Step size",
-        "‖D_l‖ (units of the states)",
+        "‖Dₗ‖ (state units)",
         "How far each layer moves a token. A model at rest would take ever smaller steps; trained ones often take "
         "their largest first and last.",
     ),
     (
         "relative_step",
         "Relative step",
-        "‖D_l‖ / ‖h_{l-1}‖",
-        "The step against the state's length. Where it falls by a steady factor r < 1, what is still to come is at most "
-        "the next step / (1 - r).",
+        "‖Dₗ‖ / ‖hₗ₋₁‖",
+        "The step against the state's length. Where it falls by a steady factor r < 1, what is still to come is at "
+        "most the next step / (1 - r).",
     ),
     (
         "angle",
         "Turn between steps",
-        "cosine of D_l and D_{l-1}",
+        "cosine of Dₗ and Dₗ₋₁",
         "1 goes straight on, 0 turns square, -1 goes back. Independent steps in many dimensions would show 0.",
     ),
     (
         "state_angle",
         "Turn of the state",
-        "cosine of h_l and h_{l-1}",
+        "cosine of hₗ and hₗ₋₁",
         "Near 1 the layer hardly changes where the state points; early-exit rules read rest from it.",
     ),
     (
         "acceleration",
         "Acceleration",
-        "‖D_l - D_{l-1}‖ (units of the states)",
+        "‖Dₗ - Dₗ₋₁‖ (state units)",
         "The change of the step. Two small ones in a row are a sign of rest that step sizes alone do not give.",
     ),
     (
         "curvature",
         "Curvature",
-        "change of direction / step (1 / units of the states)",
-        "How sharply the path bends for its pace. A straight path has 0.",
+        "curvature (1 / state units)",
+        "The change of direction over the length of the step: how sharply the path bends for its pace. A straight "
+        "path has 0.",
     ),
     (
         "norm",
         "Length of the state",
-        "‖h_l‖ (units of the states)",
+        "‖hₗ‖ (state units)",
         "The residual stream adds up, so lengths tend to grow; a few very long states are those of sink tokens.",
     ),
 )
@@ -59,9 +60,7 @@ def geometry(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
     """Steps, turns and lengths over depth, and by position in the text."""
     charts = []
     for name, title, unit, caption in _QUANTITIES:
-        charts.append(
-            Chart(name, title, caption, LAYER, unit, lines=_banded(read, name, title.lower()), layers=read.layers)
-        )
+        charts.append(Chart(name, title, caption, LAYER, unit, lines=_banded(read, name), layers=read.layers))
         by_position = read.array(f"{name}.position", 2)
         if by_position is not None:
             charts.append(
@@ -146,7 +145,7 @@ def gathering(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
             "Attention with V = QᵀK = I never lets it decrease (Geshkovski et al.). Where it falls, the layer does "
             "something else than gather tokens.",
             LAYER,
-            "E_β = mean of exp(β cosine) / 2β",
+            "E = mean of exp(β cosine) / 2β",
             lines=energy,
             layers=layers,
             logarithmic=all(bool((line.y > 0).all()) for line in energy),
@@ -176,7 +175,7 @@ def pairs(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
         "heads without training live on; blocks are stretches of layers that do alike."
     )
     heat = Heat(r2, names, list(names), "R²", (0.0, 1.0))
-    return [Chart("r2", "R² of h_i → h_j", caption, "to layer j", "from layer i", heat=heat, wide=True)], []
+    return [Chart("r2", "R² from layer i to layer j", caption, "to layer j", "from layer i", heat=heat, wide=True)], []
 
 
 def transport(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
@@ -190,7 +189,7 @@ def transport(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
             "It must end at 0; where it is flat before, layers go by without getting nearer. The Gaussian distance "
             "knows means and covariances only and is a lower bound.",
             LAYER,
-            "Wasserstein distance (units of the states)",
+            "Wasserstein distance (state units)",
             lines=read.profile("gaussian.to_final", "Gaussian") + read.profile("sliced.to_final", "sliced", 1),
             layers=read.layers,
             mark=mark,
@@ -200,7 +199,7 @@ def transport(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
             "Distance of neighbouring layers",
             "What each layer moves the cloud as a whole. Less than the step size: tokens may move and the cloud stay.",
             LAYER,
-            "Wasserstein distance (units of the states)",
+            "Wasserstein distance (state units)",
             lines=read.profile("gaussian.between", "Gaussian") + read.profile("sliced.between", "sliced", 1),
             layers=read.layers,
             mark=mark,
@@ -209,7 +208,7 @@ def transport(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
     return charts, [] if flat is None else [("Flat from layer", shown(flat))]
 
 
-def _banded(read: Reader, name: str, label: str) -> list[Line]:
+def _banded(read: Reader, name: str) -> list[Line]:
     """Mean with quantile bands, and the median."""
     mean = read.profile(f"{name}.mean", "mean")
     if not mean:
@@ -221,8 +220,8 @@ def _banded(read: Reader, name: str, label: str) -> list[Line]:
             bands.append((ends[0], ends[1]))
     line = mean[0]
     return [
-        Line(f"mean {label}", line.x, line.y, tuple(bands)),
-        *read.profile(f"{name}.q50", f"median {label}", 1),
+        Line("mean", line.x, line.y, tuple(bands)),
+        *read.profile(f"{name}.q50", "median", 1),
     ]
 
 
