@@ -529,10 +529,18 @@ def drawn(found: Atlas, folder: Path) -> list[str]:
 
 def test_charts_have_pictures(whole: Atlas, tmp_path: Path) -> None:
     few = {"saturation": whole.results["saturation"], "transport": whole.results["transport"]}
-    names = ["saturation-order", "saturation-histogram", "transport-to-final", "transport-between"]
+    names = [
+        "trajectories-1",
+        "trajectories-2",
+        "saturation-order",
+        "saturation-histogram",
+        "transport-to-final",
+        "transport-between",
+    ]
     assert drawn(replace(whole, results=few), tmp_path) == [f"{name}.png" for name in names]
 
 
 @pytest.mark.slow
 def test_every_chart_has_a_picture(whole: Atlas, tmp_path: Path) -> None:
-    assert len(drawn(whole, tmp_path)) == sum(len(section.charts) for section in sections(whole)) == 36
+    assert sum(len(section.charts) for section in sections(whole)) == 36
+    assert len(drawn(whole, tmp_path)) == 36 + len(whole.scenes)

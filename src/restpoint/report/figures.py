@@ -12,6 +12,7 @@ from restpoint.trajectory.scenes import Scene
 _DIGITS = 5
 _BANDS = ("1f", "33")
 _CELLS = 20
+_FEW = 8
 _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -24,6 +25,9 @@ def figure(chart: Chart) -> dict[str, Any]:
         return {"data": [_heat(chart.heat)], "layout": layout}
     if chart.logarithmic:
         layout["yaxis"] |= {"type": "log", "nticks": 6}
+    places = [float(place) for line in chart.lines for place in line.x]
+    if max(places) - min(places) < _FEW and all(place.is_integer() for place in places):
+        layout["xaxis"]["dtick"] = 1
     layout["showlegend"] = sum(not line.second for line in chart.lines) > 1
     if chart.mark is not None:
         layout["shapes"] = [

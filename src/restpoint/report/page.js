@@ -5,7 +5,7 @@
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
   const touch = matchMedia("(pointer: coarse)").matches;
   const config = { responsive: true, displayModeBar: false, displaylogo: false, scrollZoom: false };
-  const ACCENT = "#d9622b", PLAIN = "#3b82c4";
+  const ACCENT = "#d9622b", PLAIN = "#3b82c4", TRAIL = 5;
 
   function template() {
     const [ink, grid, card] = dark.matches ? ["#c6cbd1", "#2c3238", "#1b1f24"] : ["#4a5159", "#e9ebed", "#ffffff"];
@@ -63,7 +63,7 @@
     function traces(layer) {
       const trail = { x: [], y: [] }, dots = { x: [], y: [], text: [], hover: [], colour: [], line: [] };
       scene.tokens.forEach((token, at) => {
-        for (let l = 0; l <= layer; l++) {
+        for (let l = Math.max(0, layer - TRAIL); l <= layer; l++) {
           trail.x.push(scene.plane[l][at][0]);
           trail.y.push(scene.plane[l][at][1]);
         }

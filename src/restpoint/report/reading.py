@@ -94,8 +94,7 @@ def shown(value: float) -> str:
 def _rows(name: str, value: np.ndarray) -> list[tuple[str, list[str]]]:
     if value.size > _LISTED:
         sizes = " x ".join(str(size) for size in value.shape)
-        low, high = shown(float(np.nanmin(value))), shown(float(np.nanmax(value)))
-        return [(name, [f"{sizes} numbers from {low} to {high}: too many to list here, all are in the tables"])]
+        return [(name, [f"{sizes} numbers, too many to list here; the exported tables have them"])]
     if value.ndim <= 1:
         return [(name, [f"{number:.5g}" for number in value.reshape(-1).tolist()])]
     return [
