@@ -49,7 +49,8 @@ def write_report(atlas: Atlas, path: Path, compare: Atlas | None = None) -> Path
     )
     page = environment.get_template("page.html").render(
         subject=atlas.subject,
-        facts=_subject(atlas.subject),
+        model=_subject(atlas.subject),
+        other={} if compare is None else _subject(compare.subject),
         compare=None if compare is None else compare.subject,
         dashed=None if compare is None else label(atlas.subject, compare.subject),
         figures=_telling(atlas),

@@ -12,15 +12,15 @@ _QUANTITIES = (
         "step",
         "Step size",
         "‖Dₗ‖ (state units)",
-        "How far each layer moves a token. A model at rest would take ever smaller steps; trained ones often take "
-        "their largest first and last.",
+        "How far each layer moves a token. Where it falls by a steady factor r < 1, what is still to come is at most "
+        "the next step / (1 - r).",
     ),
     (
         "relative_step",
         "Relative step",
         "‖Dₗ‖ / ‖hₗ₋₁‖",
-        "The step against the state's length. Where it falls by a steady factor r < 1, what is still to come is at "
-        "most the next step / (1 - r).",
+        "The step against the state's length: how much a layer changes of what is there. States grow, so it may fall "
+        "where steps do not.",
     ),
     (
         "angle",
@@ -142,8 +142,8 @@ def gathering(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
         Chart(
             "energy",
             "Interaction energy",
-            "Attention with V = QᵀK = I never lets it decrease (Geshkovski et al.). Where it falls, the layer does "
-            "something else than gather tokens.",
+            "Full attention with V = QᵀK = I never lets it decrease (Geshkovski et al.). Where it falls, the layer "
+            "does something else than gather tokens.",
             LAYER,
             "E = mean of exp(β cosine) / 2β",
             lines=energy,
@@ -197,7 +197,8 @@ def transport(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
         Chart(
             "between",
             "Distance of neighbouring layers",
-            "What each layer moves the cloud as a whole. Less than the step size: tokens may move and the cloud stay.",
+            "What each layer moves the cloud as a whole: at most the root mean square of the steps, and less where "
+            "tokens change places.",
             LAYER,
             "Wasserstein distance (state units)",
             lines=read.profile("gaussian.between", "Gaussian") + read.profile("sliced.between", "sliced", 1),
