@@ -14,7 +14,6 @@ from restpoint.trajectory.measure import Trajectory
 from restpoint.trajectory.record import states_of
 from restpoint.trajectory.saturation import (
     Saturation,
-    evenly,
     permuted_tau,
     ranks_in_play,
     saturation_layers,
@@ -186,12 +185,6 @@ def test_order_is_found_significant_and_disorder_is_not() -> None:
     assert ordered.results()["tau"] == 1
     assert ordered.results()["tau.p"] == pytest.approx(1 / 1001)
     assert random.results()["tau.p"] > 0.01
-
-
-def test_evenly() -> None:
-    assert evenly(5, 9).tolist() == [0, 1, 2, 3, 4]
-    assert evenly(9, 3).tolist() == [0, 4, 8]
-    assert len(evenly(100, 64).unique()) == 64
 
 
 @pytest.mark.parametrize("argument", ["k", "every", "tokens", "permutations"])

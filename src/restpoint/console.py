@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
     from restpoint.theory.study import Study
+    from restpoint.trajectory.atlas import Atlas
+    from restpoint.trajectory.comparison import Comparison
 
 Item = TypeVar("Item")
 
@@ -177,6 +179,83 @@ def fit_table(report: "FitReport") -> RenderableType:
             style="bold" if chosen else "",
         )
     return table
+
+
+_TOLD = {
+    "relative step": ("geometry", "relative_step.mean"),
+    "angle of steps": ("geometry", "angle.mean"),
+    "effective rank": ("geometry", "effective_rank"),
+    "clusters": ("geometry", "clusters.components"),
+    "KL to the end": ("lens", "logit.kl"),
+    "agreement": ("lens", "logit.agreement"),
+    "sink rate": ("sinks", "sink_rate"),
+    "distance to go": ("transport", "unit.gaussian.to_final.relative"),
+}
+"""Columns of an atlas's table: measure and result."""
+
+
+def atlas_table(atlas: "Atlas") -> RenderableType:
+    """What tells most of an atlas, by layer."""
+    depth = atlas.subject.layers + 1
+    title = f"{atlas.subject.model}: {atlas.corpus['tokens']:,} tokens in {atlas.corpus['texts']:,} texts"
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer", justify="right")
+    columns = []
+    for heading, (measure, name) in _TOLD.items():
+        values = atlas.results.get(measure, {}).get(name)
+        if values is not None:
+            table.add_column(heading, justify="right")
+            columns.append(["–"] * (depth - len(values)) + [f"{value:.3g}" for value in values.tolist()])
+    for layer in range(depth):
+        table.add_row(str(layer), *(column[layer] for column in columns))
+    facts = []
+    for name, (measure, result) in {
+        "tau of saturation order": ("saturation", "tau"),
+        "p-value": ("saturation", "tau.p"),
+        "task probe's accuracy": ("tasks", "probe.accuracy"),
+        "with shuffled labels": ("tasks", "probe.control"),
+        "tokens above the softmax bound": ("bounds", "violations"),
+    }.items():
+        value = atlas.results.get(measure, {}).get(result)
+        if value is not None:
+            facts.append(f"{name} {float(value.sum() if measure == 'bounds' else value.mean()):.3g}")
+    skipped = atlas.corpus["skipped"]
+    if skipped:
+        facts.append(f"texts of fewer than two tokens, left out: {skipped}")
+    return Group(table, Text("; ".join(facts)))
+
+
+def atlas_json(atlas: "Atlas") -> str:
+    """The same for programs, with everything that was measured but the largest tables."""
+    content = {
+        "subject": asdict(atlas.subject),
+        "corpus": atlas.corpus,
+        "conditions": atlas.conditions,
+        "results": {
+            measure: {name: value.tolist() for name, value in own.items() if value.numel() <= 10_000}
+            for measure, own in atlas.results.items()
+        },
+        "papers": {measure: list(papers) for measure, papers in atlas.papers.items()},
+    }
+    return json.dumps(content, indent=1)
+
+
+def comparison_table(found: "Comparison") -> RenderableType:
+    """Profiles of two atlases at equal shares of the depth."""
+    table = Table(title=f"{found.names[0]} / {found.names[1]}", title_justify="left")
+    table.add_column("at this share of the depth")
+    for share in ("0", "1/4", "1/2", "3/4", "1"):
+        table.add_column(share, justify="right")
+    table.add_column("mean\ndifference", justify="right")
+    for own in found.profiles:
+        pairs = [f"{one:.3g} / {other:.3g}" for one, other in zip(own.first, own.second, strict=True)]
+        table.add_row(own.name, *pairs, f"{own.distance:.3g}")
+    return Group(table, *(Text(note, "dim") for note in found.notes))
+
+
+def comparison_json(found: "Comparison") -> str:
+    """The same for programs."""
+    return json.dumps(asdict(found), indent=1)
 
 
 def study_table(study: "Study") -> RenderableType:

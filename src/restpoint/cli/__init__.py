@@ -10,7 +10,7 @@ from tyro.conf import subcommand
 
 from restpoint import console
 from restpoint.cli.decoding import Bench, Check, Fit, Generate, Index
-from restpoint.cli.studying import Simulate
+from restpoint.cli.studying import Analyze, Compare, Merge, Report, Simulate
 from restpoint.errors import RestpointError
 
 _DESCRIPTION = """Faster decoding of pretrained transformers, with exactly the model's own output.
@@ -25,6 +25,7 @@ Examples:
   restpoint generate MODEL --profile profile/ "Once upon a time"
   restpoint generate MODEL --drafters lookup recycling "Once upon a time"
   restpoint bench --quick --plot bench.png          side by side with the baselines, under a minute
+  restpoint analyze MODEL --text corpus.txt -o atlas/   how tokens move through its layers, on one page
   restpoint simulate -o theory/                     tokens as interacting particles: pictures and tables
 
 `restpoint VERB --help` explains a verb. `--version` prints the version. `--debug`, anywhere, shows the traceback of an
@@ -36,6 +37,10 @@ Verb = (
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Index, subcommand("index")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Analyze, subcommand("analyze")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Merge, subcommand("merge")]
     | Annotated[Simulate, subcommand("simulate")]
 )
 
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as exit:  # tyro's, after a help text or a wrong option
         return int(exit.code or 0)
     except KeyboardInterrupt:
-        console.say("; ".join(["interrupted", *([verb.interrupted()] if isinstance(verb, Fit) else [])]))
+        console.say("; ".join(["interrupted", *([verb.interrupted()] if isinstance(verb, Fit | Analyze) else [])]))
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -128,8 +128,10 @@ class Fit:
         texts = read_texts(self.text) if self.text else fit_texts()
         loaded = self.loading.load(self.model)
 
+        from restpoint.fit.run import fit_profile
+
         with console.progress_bars() as progress:
-            report = fitprofile_for(loaded, texts, self.fitting, self.output, progress)
+            report = fit_profile(loaded, texts, self.fitting, self.output, progress)
         console.show(console.fit_table(report))
         console.show(f"The profile is in {self.output}")
 

@@ -38,14 +38,14 @@ class LoadFlags:
     threads: Number = None
     """Processor threads; torch's own choice if left out."""
 
-    def load(self, name: str) -> "Loaded":
-        """Load a model with these flags."""
+    def load(self, name: str, stack: bool = False) -> "Loaded":
+        """Load a model with these flags; with ``stack``, an encoder will do."""
         from restpoint.generate import inference_threads
         from restpoint.model.load import load
 
         inference_threads(self.threads)
         how = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "threads"}
-        return load(name, **how)
+        return load(name, causal=not stack, **how)
 
 
 def profile_for(model: str, folder: Path | None, plain: bool) -> "Profile | None":

@@ -1,22 +1,28 @@
 """Verbs that study how tokens move: in a model, and in theory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from restpoint import console
-from restpoint.bundled import prompts
+from restpoint.bundled import documents, prompts
 from restpoint.cli.loading import LoadFlags, Texts
-from restpoint.corpus import read_texts
-from restpoint.flags import Flag
+from restpoint.corpus import REFERENCE, read_texts
+from restpoint.flags import Flag, Folder
 from restpoint.theory.options import HEAD, LAYERS, SimulateOptions, chosen
+from restpoint.trajectory.options import SurveyOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from restpoint.theory.study import Study
+    from restpoint.trajectory.atlas import Atlas
+    from restpoint.trajectory.reading import Sample
+
+PAGE = "index.html"
+TWIN = "untrained"
 
 
 @dataclass(frozen=True)
@@ -90,3 +96,168 @@ class Simulate:
             read = read_heads(layered, self.layer, [self.head])
             run[HEAD] = lambda sizes: head(sizes, read, f"head {self.head} of layer {self.layer} of {source}")
         return run
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Measure how tokens move through the layers of a model, and show it on one page.
+
+    One pass over the text, in constant memory. The page, index.html, has the trajectories of a few sentences, what
+    each layer would predict, steps and angles, clusters, saturation, attention sinks, transport and bounds; beside
+    them, dashed, the same of random weights. Tables (CSV) and pictures (PNG) lie beside it. An interrupted analysis
+    resumes.
+
+    For example:
+      restpoint analyze -o atlas/
+      restpoint analyze MODEL --text corpus.jsonl --max-tokens 200000 -o atlas/
+      restpoint analyze MODEL --measures geometry transport --no-twin -o atlas/
+      restpoint analyze MODEL --share 1/4 -o part1/      on four machines; then restpoint merge part* -o atlas/
+    """
+
+    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = REFERENCE
+    """Checkpoint folder, Hub name, or `reference`; encoders too."""
+    text: Texts = ()
+    """Text to read: plain text, or .jsonl with a field `text`; .gz, .xz, .bz2 of either. Bundled text if left out."""
+    output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("atlas")
+    """Folder that atlas, page, tables and pictures are written to."""
+    no_twin: Flag = False
+    """Leave out the same model with random weights, which is measured on a quarter of the text."""
+    json: Flag = False
+    """Print the measurements as JSON instead of a table."""
+    survey: SurveyOptions = field(default_factory=SurveyOptions)
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Load, read, measure, write, show."""
+        texts = [(path.stem, read_texts([path])) for path in self.text]
+        loaded = self.loading.load(self.model, stack=True)
+        from restpoint.trajectory.reading import Sample
+        from restpoint.trajectory.survey import survey
+        from restpoint.trajectory.surveyed import Surveyed, untrained_twin
+
+        def samples() -> "Iterator[Sample]":
+            labelled = ((kind, text) for kind, own in texts for text in own) if self.text else documents()
+            return (Sample(text, kind) for kind, text in labelled)
+
+        subject = Surveyed(self.model, loaded.model, loaded.tokenizer)
+        with console.progress_bars() as progress:
+            atlas = survey(subject, samples(), self.survey, folder=self.output, progress=progress)
+            atlas.save(self.output)
+        twin = None
+        if not self.no_twin and self.survey.share is None:
+            fewer = replace(self.survey, max_tokens=max(2, self.survey.max_tokens // 4), scenes=0)
+            random = untrained_twin(subject, self.survey.seed)
+            texts = [(path.stem, read_texts([path])) for path in self.text]
+            with console.progress_bars() as progress:
+                twin = survey(random, samples(), fewer, folder=self.output / TWIN, progress=progress)
+            twin.save(self.output / TWIN)
+        _present(atlas, twin, self.output, self.json)
+
+    def interrupted(self) -> str:
+        """How to go on."""
+        return f"the same command resumes from what {self.output} holds"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the page, tables and pictures of an atlas anew, perhaps beside another atlas.
+
+    For example:
+      restpoint report atlas/ -o page/
+      restpoint report atlas/ --beside other-atlas/ -o page/
+    """
+
+    atlas: Annotated[Positional[Path], arg(metavar="ATLAS")]
+    """Folder that `restpoint analyze` wrote."""
+    beside: Folder = None
+    """Draw this atlas too, dashed; the untrained twin, if there is one, where left out."""
+    output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("report")
+    """Folder that is written to."""
+    json: Flag = False
+    """Print the measurements as JSON instead of a table."""
+
+    def run(self) -> None:
+        """Read, draw, write, show."""
+        from restpoint.trajectory.atlas import Atlas
+
+        atlas = Atlas.load(self.atlas)
+        twin = self.atlas / TWIN if (self.atlas / TWIN).is_dir() else None
+        beside = self.beside or twin
+        _present(atlas, None if beside is None else Atlas.load(beside), self.output, self.json)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Hold two atlases beside each other: a table at equal shares of the depth, and a page with both.
+
+    For example:
+      restpoint compare small/ large/ -o page/
+    """
+
+    first: Annotated[Positional[Path], arg(metavar="ATLAS")]
+    """Folder that `restpoint analyze` wrote."""
+    second: Annotated[Positional[Path], arg(metavar="ATLAS")]
+    """Another; their models may differ in depth and size."""
+    output: Folder = None
+    """Write a page with both to this folder."""
+    json: Flag = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        """Read, compare, show."""
+        from restpoint.report.page import write_report
+        from restpoint.trajectory.atlas import Atlas
+        from restpoint.trajectory.comparison import compare
+
+        atlases = Atlas.load(self.first), Atlas.load(self.second)
+        found = compare(*atlases)
+        if self.json:
+            print(console.comparison_json(found))
+        else:
+            console.show(console.comparison_table(found))
+        if self.output is not None:
+            page = write_report(atlases[0], self.output / PAGE, atlases[1])
+            console.say(f"the page is {page}")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Put the atlases of all shares of a text together.
+
+    For example:
+      restpoint merge part1/ part2/ part3/ part4/ -o atlas/
+    """
+
+    atlases: Annotated[Positional[tuple[Path, ...]], arg(metavar="ATLAS ...")]
+    """Folders that `restpoint analyze --share` wrote, all of them."""
+    output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("atlas")
+    """Folder that the whole atlas is written to."""
+    json: Flag = False
+    """Print the measurements as JSON instead of a table."""
+
+    def run(self) -> None:
+        """Read, add, write, show."""
+        from restpoint.trajectory.atlas import Atlas
+        from restpoint.trajectory.survey import merge
+
+        atlas = merge([Atlas.load(folder) for folder in self.atlases])
+        atlas.save(self.output)
+        _present(atlas, None, self.output, self.json)
+
+
+def _present(atlas: "Atlas", beside: "Atlas | None", folder: Path, json: bool) -> None:
+    """Write page, tables and pictures, and show the figures that tell most."""
+    from restpoint.report.page import write_report
+    from restpoint.report.pictures import export_pictures
+    from restpoint.report.tables import export_tables
+
+    page = write_report(atlas, folder / PAGE, beside)
+    export_tables(atlas, folder / "tables")
+    export_pictures(atlas, folder / "pictures", beside)
+    if json:
+        print(console.atlas_json(atlas))
+        return
+    console.show(console.atlas_table(atlas))
+    for note in atlas.conditions["notes"]:
+        console.say(note)
+    console.show(f"The page is {page}; tables and pictures are beside it")

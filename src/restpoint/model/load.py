@@ -24,6 +24,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -80,6 +81,7 @@ def load(
     revision: str | None = None,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
+    causal: bool = True,
 ) -> Loaded:
     """Load a Hugging Face causal language model, unchanged.
 
@@ -92,6 +94,7 @@ def load(
         revision: branch, tag or commit of a Hub model.
         attention: sdpa or eager; the only two that take the masks that restpoint builds.
         trust_remote_code: run the Python code that the checkpoint brings along.
+        causal: refuse what is no causal language model; if False, others are loaded as their bare stack of layers.
 
     Raises:
         RestpointError: in one line, what was wrong, what is allowed and which argument to change.
@@ -104,7 +107,13 @@ def load(
 
     with _explained(name, revision), _quiet(source):
         config = AutoConfig.from_pretrained(source, **common)
-        _check_is_causal(name, config)
+        kind: Any = AutoModelForCausalLM
+        try:
+            _check_is_causal(name, config)
+        except RestpointError:
+            if causal:
+                raise
+            kind = AutoModel
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         _check_has_vocabulary(name, tokenizer)
         how = {
@@ -112,13 +121,14 @@ def load(
             "device_map": device_map,
             "attn_implementation": attention,
         }
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **how, **common)
+        loaded: Any = kind.from_pretrained(source, output_loading_info=True, **how, **common)
         model, report = loaded
-        _check_complete(name, config, report["missing_keys"])
+        if kind is AutoModelForCausalLM:
+            _check_complete(name, config, report["missing_keys"])
         if device_map is None:
             model.to(target)
     model.eval().requires_grad_(False)
-    if getattr(config, "is_decoder", None) is False:
+    if kind is AutoModelForCausalLM and getattr(config, "is_decoder", None) is False:
         _check_ignores_the_future(name, model)
     return Loaded(name, model, tokenizer)
 

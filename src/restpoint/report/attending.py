@@ -144,35 +144,100 @@ def sinks(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
 
 
 def bounds(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
-    """What the bounds allow, what was seen, and how often they held."""
+    """What the bounds allow, what was seen, and how often the estimate held."""
+    tightness = read.profile("tightness.q50", "median", first=0)
+    ends = [read.array(f"tightness.{end}", 1) for end in ("q10", "q90")]
+    if tightness and ends[0] is not None and ends[1] is not None:
+        line = tightness[0]
+        tightness = [Line("median", line.x, line.y, ((ends[0], ends[1]),))]
     charts = [
         Chart(
-            "tv",
+            "variation",
             "Total variation and its bound",
             "The bound must lie above; the gap is how loose it is. TV(softmax a, softmax b) ≤ tanh(osc(a - b) / 4).",
             LAYER,
             "total variation",
-            lines=read.profile("tv.mean", "measured") + read.profile("bound.mean", "bound", 1),
+            lines=read.profile("variation", "measured", 0, 0) + read.profile("variation.bound", "bound", 1, 0),
             layers=read.layers,
         ),
         Chart(
-            "holds",
-            "How often they hold",
-            "A bound holds always, so its line must lie at 1. An estimate that takes steps to contract at a steady "
-            "rate is none, and may fail: this is how often it does not.",
+            "tightness",
+            "How tight the bound is",
+            "Total variation over its bound, median and the middle four fifths of the tokens; 1 is tight.",
+            LAYER,
+            "total variation / bound",
+            lines=tightness,
+            layers=read.layers,
+        ),
+        Chart(
+            "contraction",
+            "Distance still to go, if steps went on to shrink",
+            "Where a step is shorter than the one before, their ratio r estimates the way left as step / (1 - r). That "
+            "is no bound: the second line is how often the true way was no longer.",
             LAYER,
             "share of tokens",
-            lines=read.profile("bound.holds", "bound") + read.profile("estimate.holds", "estimate", 1),
+            lines=read.profile("contraction.share", "steps shrink", 0, 1)
+            + read.profile("contraction.holds", "estimate not below the distance", 1, 1),
             layers=read.layers,
         ),
         Chart(
-            "ratio",
-            "How loose the estimate is",
-            "Estimated over true distance to the last layer; below 1 it promised too much.",
+            "estimate",
+            "Estimate over distance",
+            "Geometric mean over tokens whose steps shrink; below 1 the estimate promises too much.",
             LAYER,
             "estimate / distance",
-            lines=read.profile("estimate.ratio", "ratio"),
+            lines=read.profile("contraction.geometric_ratio", "ratio", 0, 1),
+            layers=read.layers,
+        ),
+        Chart(
+            "tokens",
+            "Moving the law between tokens",
+            "Least cost of moving a layer's law to the model's own, when a token costs its distance to another "
+            "between embeddings: it lies between the two lines.",
+            LAYER,
+            "distance of embeddings",
+            lines=read.profile("transport.lower", "at least", 0, 0) + read.profile("transport.upper", "at most", 1, 0),
             layers=read.layers,
         ),
     ]
-    return charts, []
+    violations = read.array("violations", 1)
+    facts = [] if violations is None else [("Tokens above the softmax bound", shown(float(violations.sum())))]
+    return charts, facts
+
+
+def tasks(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
+    """How well a probe tells which rank a layer is at work on, and what an injection does."""
+    charts = []
+    confusion = read.array("probe.confusion", 2)
+    if confusion is not None:
+        names = [str(task) for task in range(1, len(confusion) + 1)]
+        shares = confusion / confusion.sum(1, keepdims=True).clip(1)
+        charts.append(
+            Chart(
+                "confusion",
+                "What the probe takes states for",
+                "Of the states at work on a rank (row), the share that the probe takes for each rank: on the diagonal "
+                "it is right. Examples are balanced at every layer, so depth alone tells it nothing.",
+                "rank found",
+                "rank at work",
+                heat=Heat(shares, names, list(names), "share of states", (0.0, 1.0)),
+            )
+        )
+    facts = []
+    for name, title in (
+        ("probe.accuracy", "accuracy of the probe on texts that it has not seen"),
+        ("probe.control", "accuracy with shuffled labels"),
+        ("probe.chance", "accuracy of guessing"),
+    ):
+        folds = read.array(name, 1) if name != "probe.chance" else None
+        value = read.number(name) if folds is None else float(folds.mean())
+        if value is not None:
+            facts.append((title, shown(value)))
+    for name, title in (
+        ("switching.switched", "injected states of the second rank that switch the output at once"),
+        ("switching.control.switched", "injected states of the first rank that do"),
+    ):
+        value = read.number(name)
+        if value is not None:
+            facts.append((title, shown(value)))
+    return charts, facts

@@ -1,7 +1,7 @@
 """One page of an atlas: charts to move through, and all that is needed to read them. It needs no network."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,6 @@ def _text(value: Any) -> str:
     return shown(float(value))
 
 
-def _papers(atlas: Atlas) -> list[tuple[str, list[str]]]:
+def _papers(atlas: Atlas) -> list[tuple[str, Sequence[str]]]:
     """Papers of the measures that were taken."""
     return [(measure, atlas.papers[measure]) for measure in atlas.results if atlas.papers.get(measure)]

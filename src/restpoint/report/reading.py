@@ -47,15 +47,17 @@ class Reader:
         found = float(value)
         return found if math.isfinite(found) else None
 
-    def profile(self, name: str, label: str, colour: int = 0) -> list[Line]:
+    def profile(self, name: str, label: str, colour: int = 0, first: int | None = None) -> list[Line]:
         """A result over depth as a line; no line where there is none.
 
-        What is known of n layers or states is known of the last n: of n = L + 1 states, L steps or L - 1 turns.
+        What is known of n layers or states is known of the last n: of n = L + 1 states, L steps or L - 1 turns; or of
+        those from ``first`` on.
         """
         value = self.array(name, 1)
         if value is None:
             return []
-        return [Line(label, self.depths(len(value)), value, colour=colour)]
+        depths = self.depths(len(value)) if first is None else np.arange(first, first + len(value), dtype=float)
+        return [Line(label, depths, value, colour=colour)]
 
     def depths(self, count: int) -> np.ndarray:
         """The last so many of the layers 0 .. L."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from restpoint.report.attending import bounds, lens, saturation, sinks
+from restpoint.report.attending import bounds, lens, saturation, sinks, tasks
 from restpoint.report.charts import Chart, beside
 from restpoint.report.reading import Reader
 from restpoint.report.shaping import gathering, geometry, pairs, transport
@@ -71,6 +71,15 @@ _KNOWN: dict[str, list[tuple[str, str, str, Callable[[Reader], Found]]]] = {
             "Rank i saturates at the first layer from which the token at that very rank is the last layer's at every "
             "later one.",
             saturation,
+        ),
+    ],
+    "tasks": [
+        (
+            "tasks",
+            "The rank that a layer is at work on",
+            "Between the layers where ranks i - 1 and i settle, a state is at work on rank i. A linear probe reads "
+            "that from the state alone, and a state that is put elsewhere takes its rank along.",
+            tasks,
         ),
     ],
     "sinks": [

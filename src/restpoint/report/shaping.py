@@ -178,35 +178,53 @@ def pairs(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
     return [Chart("r2", "R² from layer i to layer j", caption, "to layer j", "from layer i", heat=heat, wide=True)], []
 
 
+_CLOUDS = (
+    ("raw", "states as they are", "Wasserstein distance (state units)"),
+    ("unit", "states divided by their norms", "Wasserstein distance (norms are 1)"),
+)
+
+
 def transport(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
     """Distance to the last layer and between neighbours, with the layer where it flattens."""
-    flat = read.number("flat_from")
-    mark = None if flat is None else (flat, "flat from here")
-    charts = [
-        Chart(
-            "to-final",
-            "Distance to the last layer",
-            "It must end at 0; where it is flat before, layers go by without getting nearer. The Gaussian distance "
-            "knows means and covariances only and is a lower bound.",
-            LAYER,
-            "Wasserstein distance (state units)",
-            lines=read.profile("gaussian.to_final", "Gaussian") + read.profile("sliced.to_final", "sliced", 1),
-            layers=read.layers,
-            mark=mark,
-        ),
-        Chart(
-            "between",
-            "Distance of neighbouring layers",
-            "What each layer moves the cloud as a whole: at most the root mean square of the steps, and less where "
-            "tokens change places.",
-            LAYER,
-            "Wasserstein distance (state units)",
-            lines=read.profile("gaussian.between", "Gaussian") + read.profile("sliced.between", "sliced", 1),
-            layers=read.layers,
-            mark=mark,
-        ),
-    ]
-    return charts, [] if flat is None else [("Flat from layer", shown(flat))]
+    charts, facts = [], []
+    for kind, what, unit in _CLOUDS:
+        flat = read.number(f"{kind}.gaussian.flat_from")
+        mark = None if flat is None else (flat, "flat from here")
+        if flat is not None:
+            facts.append((f"Flat from layer, {what}", shown(flat)))
+        for name, title, caption in (
+            (
+                "to_final",
+                "Distance to the last layer",
+                "It must end at 0; where it is flat before, layers go by without getting nearer. The Gaussian distance "
+                "knows means and covariances only and is a lower bound; the sliced one is a mean over lines and so "
+                "about the square root of the dimension smaller.",
+            ),
+            (
+                "between",
+                "Distance of neighbouring layers",
+                "What each layer moves the cloud as a whole: at most the root mean square of the steps, and less where "
+                "tokens change places.",
+            ),
+        ):
+            lines = [
+                line
+                for colour, way in enumerate(("gaussian", "sliced", "sinkhorn"))
+                for line in read.profile(f"{kind}.{way}.{name}", "Gaussian" if way == "gaussian" else way, colour)
+            ]
+            charts.append(
+                Chart(
+                    f"{kind}-{name.replace('_', '-')}",
+                    f"{title}: {what}",
+                    caption,
+                    LAYER,
+                    unit,
+                    lines=lines,
+                    layers=read.layers,
+                    mark=mark,
+                )
+            )
+    return charts, facts
 
 
 def _banded(read: Reader, name: str) -> list[Line]:

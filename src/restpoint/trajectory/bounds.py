@@ -1,6 +1,5 @@
 """How far each layer's next-token law is from the last one's, and what the geometry of logits and steps says of it."""
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -8,7 +7,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from restpoint.errors import RestpointError
-from restpoint.trajectory.measure import Measure, Trajectory
+from restpoint.trajectory.measure import Measure, Readout, Trajectory
 from restpoint.trajectory.sampling import evenly_spaced
 from restpoint.transport.bounds import contraction_estimate, softmax_variation_bound
 from restpoint.transport.tokens import nearest_distances, token_transport
@@ -64,7 +63,7 @@ class Bounds(Measure):
 
     def __init__(
         self,
-        readout: Callable[[Tensor], Tensor],
+        readout: Readout,
         embeddings: Float[Tensor, "vocab hidden"] | None = None,
         every: int = 4,
         tokens: int = 16,

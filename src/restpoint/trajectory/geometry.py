@@ -79,8 +79,8 @@ class Geometry(Measure):
         self._add(f"{name}.squares", kept.square().sum(-1))
         self._add(f"{name}.histogram", _SCALES[name].count(values))
         places = torch.arange(values.shape[1])
-        bins = (places + 1).log2().floor().long()
-        empty = torch.zeros(len(values), 20, dtype=torch.float64)  # room for texts of a million tokens
+        bins = torch.where(places > 0, places.clamp_min(1).log2().floor().long() + 1, 0)
+        empty = torch.zeros(len(values), 22, dtype=torch.float64)  # room for texts of a million tokens
         self._add(f"{name}.places", empty.index_add(1, bins, kept.cpu()))
         self._add(f"{name}.places_seen", empty.index_add(1, bins, known.double().cpu()))
 

@@ -8,12 +8,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from restpoint.errors import RestpointError
-from restpoint.trajectory.measure import Measure, Trajectory
+from restpoint.trajectory.measure import Measure, Readout, Trajectory
 from restpoint.trajectory.sampling import evenly_spaced
 from restpoint.transport.variation import total_variation
-
-Readout = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocabulary"]]
-"""Logits of states by the model's final norm and unembedding."""
 
 Predict = Callable[[int, Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens hidden"] | None]
 """The rest state that a lens expects after the state of a layer, or None where it has no map for that layer."""

@@ -1,7 +1,7 @@
 """What is measured along depth: the states of one text, and what adds up over texts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,9 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from restpoint.errors import RestpointError
+
+Readout = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocabulary"]]
+"""Logits of states by the model's final norm and unembedding."""
 
 
 @dataclass(frozen=True, eq=False)

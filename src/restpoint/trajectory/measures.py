@@ -9,8 +9,8 @@ from torch import Tensor
 from restpoint.errors import RestpointError
 from restpoint.trajectory.bounds import Bounds
 from restpoint.trajectory.geometry import Geometry
-from restpoint.trajectory.lens import Lens, Predict, Readout
-from restpoint.trajectory.measure import Measure
+from restpoint.trajectory.lens import Lens, Predict
+from restpoint.trajectory.measure import Measure, Readout
 from restpoint.trajectory.options import MEASURES, SurveyOptions
 from restpoint.trajectory.pairs import Pairs
 from restpoint.trajectory.saturation import Saturation
@@ -59,7 +59,7 @@ _MAKERS: dict[str, Callable[[Means], Measure]] = {
     "transport": lambda means: Transport(every=8, seed=means.options.seed),
     "bounds": lambda means: Bounds(means.readout, means.embeddings, every=8),
 }
-_OF_LAWS = ("lens", "saturation", "bounds")
+_OF_LAWS = ("lens", "saturation", "tasks", "bounds")
 """Measures that need a law over tokens for every state."""
 
 
@@ -94,4 +94,4 @@ def allowed(
         means = Means(options, layered_readout(layered), len(weight), embeddings, lenses or {})
     chosen = options.measures or MEASURES
     notes = [f"{name} is left out: {refused[name]}" for name in chosen if name in refused]
-    return [make(name, means) for name in chosen if name not in refused], notes
+    return [make(name, means) for name in chosen if name not in refused and name in _MAKERS], notes

@@ -8,7 +8,7 @@ from tyro.conf import arg
 from restpoint.errors import RestpointError
 from restpoint.flags import Name, Number
 
-MEASURES = ("geometry", "pairs", "lens", "saturation", "sinks", "transport", "bounds")
+MEASURES = ("geometry", "pairs", "lens", "saturation", "tasks", "sinks", "transport", "bounds")
 """All that can be measured."""
 
 
@@ -17,7 +17,8 @@ class SurveyOptions:
     """What to measure, on how much text."""
 
     measures: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")] = ()
-    """geometry, pairs (of layers), lens, saturation, sinks, transport, bounds; all that a model allows if left out."""
+    """geometry, pairs (of layers), lens, saturation, tasks, sinks, transport, bounds; all that a model allows if left
+    out."""
     max_tokens: int = 50_000
     """Tokens to read."""
     sequence_length: int = 256

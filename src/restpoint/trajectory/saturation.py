@@ -9,7 +9,6 @@ Paper:
     order".
 """
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -17,10 +16,8 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from restpoint.errors import RestpointError
-from restpoint.trajectory.measure import Measure, Trajectory
-
-Readout = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocabulary"]]
-"""Logits read from the states of one layer."""
+from restpoint.trajectory.measure import Measure, Readout, Trajectory
+from restpoint.trajectory.sampling import evenly_spaced
 
 _LATEST = 0.85
 _FEWEST = 3

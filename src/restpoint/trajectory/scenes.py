@@ -7,8 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from restpoint.trajectory.lens import Readout
-from restpoint.trajectory.measure import Trajectory
+from restpoint.trajectory.measure import Readout, Trajectory
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ def scene(trajectory: Trajectory, readout: Readout | None, tokenizer: PreTrained
         entropy[layer] = torch.special.entr(law).sum(-1)
     same = (best == best[-1]).flip(0).int().cumprod(0)  # from the last layer back, as long as nothing differs
     return Scene(
-        text=tokenizer.decode(ids),
+        text=_text(tokenizer, ids.tolist()),
         tokens=_names(tokenizer, ids),
         plane=plane,
         norms=norms,
@@ -80,4 +79,8 @@ def scene(trajectory: Trajectory, readout: Readout | None, tokenizer: PreTrained
 
 
 def _names(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
-    return [tokenizer.decode([token]) for token in ids.tolist()]
+    return [_text(tokenizer, [token]) for token in ids.tolist()]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))

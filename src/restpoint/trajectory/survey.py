@@ -1,5 +1,6 @@
 """Survey a model: read text, measure its trajectories as they pass, and keep the outcome as an atlas."""
 
+import importlib.metadata
 import json
 import platform
 import time
@@ -14,19 +15,20 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import restpoint
 from restpoint.errors import RestpointError
 from restpoint.model.fingerprint import fingerprint
+from restpoint.model.layered import LayeredModel
 from restpoint.model.watch import WatchedLayers
 from restpoint.trajectory.atlas import Atlas, Subject
 from restpoint.trajectory.lens import Predict
 from restpoint.trajectory.measures import Means, allowed, make
-from restpoint.trajectory.options import SurveyOptions
+from restpoint.trajectory.options import MEASURES, SurveyOptions
 from restpoint.trajectory.partial import Partial
 from restpoint.trajectory.reading import Cut, Piece, Reader, Sample, batches
 from restpoint.trajectory.scenes import Scene, scene
 from restpoint.trajectory.sinks import LENGTH
 from restpoint.trajectory.surveyed import Surveyed, layered_readout
+from restpoint.trajectory.tasks import PAPERS, TEXTS, study_tasks
 
 Progress = Callable[[str, int, int], None]
 
@@ -71,6 +73,7 @@ def survey(
     of_attention = [measure for measure in measures if measure.needs_attention]
     of_states = [measure for measure in measures if not measure.needs_attention]
     looked_at: dict[str, list[Piece]] = {}
+    first: list[Piece] = []
 
     def seen() -> Iterator[Piece]:
         for piece in cut:
@@ -78,6 +81,8 @@ def survey(
                 progress("read", cut.tokens, options.max_tokens)
             if piece.ids and len(looked_at.setdefault(piece.domain, [])) < options.scenes:
                 looked_at[piece.domain].append(piece)
+            if piece.ids and len(first) < TEXTS:
+                first.append(piece)
             yield piece
 
     for number, batch in enumerate(batches(seen(), options.batch)):
@@ -96,6 +101,15 @@ def survey(
         raise RestpointError("text: there is nothing in it to read; give a text of at least two tokens")
     if progress:
         progress("read", options.max_tokens, options.max_tokens)
+    results = {measure.name: measure.results() for measure in measures if measure.sums}
+    papers = {measure.name: measure.papers for measure in measures if measure.sums}
+    layered = subject.layered()
+    if layered is not None and "tasks" in (options.measures or MEASURES):
+        if progress:
+            progress("tasks", 0, 1)
+        results["tasks"], papers["tasks"] = study_tasks(layered, reader, first, options.seed), PAPERS
+        if progress:
+            progress("tasks", 1, 1)
     atlas = Atlas(
         subject=_describe(subject, layers),
         corpus={
@@ -107,9 +121,9 @@ def survey(
             "shares": [which] if count > 1 else [],
         },
         conditions=_conditions(subject.model, options, time.perf_counter() - began, notes),
-        results={measure.name: measure.results() for measure in measures if measure.sums},
-        papers={measure.name: measure.papers for measure in measures if measure.sums},
-        scenes=_scenes(reader, subject, _in_turn(looked_at, options.scenes)),
+        results=results,
+        papers=papers,
+        scenes=_scenes(reader, subject, layered, _in_turn(looked_at, options.scenes)),
         sums={measure.name: measure.sums for measure in measures if measure.sums} if count > 1 else {},
     )
     if partial:
@@ -149,13 +163,14 @@ def merge(atlases: Sequence[Atlas]) -> Atlas:
         for part in parts[1:]:
             parts[0].merge(part)
         measures.append(parts[0])
+    whole = {measure.name: measure.results() for measure in measures}
     seconds = sum(atlas.conditions["seconds"] for atlas in atlases)
     return replace(
         first,
         corpus=first.corpus | {"shares": []},
-        papers={measure.name: measure.papers for measure in measures},
+        papers={**first.papers, **{measure.name: measure.papers for measure in measures}},
         conditions=first.conditions | {"seconds": seconds, "options": asdict(replace(options, share=None))},
-        results={measure.name: measure.results() for measure in measures},
+        results=whole | {name: own for name, own in first.results.items() if name not in whole},
         sums={},
     )
 
@@ -166,8 +181,8 @@ def _in_turn(pieces: Mapping[str, Sequence[Piece]], most: int) -> list[Piece]:
     return [piece for turn in rounds for piece in turn if piece is not None][:most]
 
 
-def _scenes(reader: Reader, subject: Surveyed, pieces: Sequence[Piece]) -> list[Scene]:
-    tokenizer, layered = subject.tokenizer, subject.layered()
+def _scenes(reader: Reader, subject: Surveyed, layered: LayeredModel | None, pieces: Sequence[Piece]) -> list[Scene]:
+    tokenizer = subject.tokenizer
     if tokenizer is None:
         return []
     readout = None if layered is None else layered_readout(layered)
@@ -197,7 +212,7 @@ def _describe(subject: Surveyed, layers: WatchedLayers) -> Subject:
 
 def _conditions(model: PreTrainedModel, options: SurveyOptions, seconds: float, notes: list[str]) -> dict[str, Any]:
     return {
-        "restpoint": restpoint.__version__,
+        "restpoint": importlib.metadata.version("restpoint"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -1,6 +1,7 @@
 """A model to be surveyed, of any kind, and its twin with random weights."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from restpoint.errors import RestpointError
 from restpoint.model.attention_taps import observing_attention
 from restpoint.model.layered import LayeredModel
-from restpoint.trajectory.lens import Readout
+from restpoint.trajectory.measure import Readout
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,7 @@ def untrained_twin(subject: Surveyed, seed: int = 0) -> Surveyed:
     """The same architecture with random weights, as the model's own code initialises them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = type(subject.model)(subject.model.config)
+        kind: Any = type(subject.model)
+        model = kind(subject.model.config)
     model = model.to(dtype=subject.model.dtype, device=subject.model.device).eval().requires_grad_(False)
     return Surveyed(subject.name, model, subject.tokenizer, untrained=True)

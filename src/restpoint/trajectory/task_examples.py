@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from restpoint.errors import RestpointError
-from restpoint.trajectory.measure import Trajectory
+from restpoint.trajectory.measure import Readout, Trajectory
 from restpoint.trajectory.sampling import evenly_spaced
-from restpoint.trajectory.saturation import Readout, saturation_layers, settles_early, top_tokens
+from restpoint.trajectory.saturation import saturation_layers, settles_early, top_tokens
 
 
 def task_labels(layers: Int[Tensor, "tokens k"], depth: int) -> Int[Tensor, "depth tokens"]:
