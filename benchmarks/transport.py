@@ -27,7 +27,8 @@ from restpoint import bundled
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import load
 from restpoint.trajectory.record import states_of
-from restpoint.transport.sinkhorn import sinkhorn, squared_distances
+from restpoint.transport.divergence import squared_distances
+from restpoint.transport.sinkhorn import sinkhorn
 from restpoint.transport.sliced import between_quantiles, quantiles, random_projections
 
 

@@ -9,7 +9,8 @@ from scipy.stats import wasserstein_distance
 
 from restpoint.errors import RestpointError
 from restpoint.transport.bounds import contraction_estimate, softmax_variation_bound
-from restpoint.transport.sinkhorn import sinkhorn, sinkhorn_divergence, sinkhorn_within, squared_distances
+from restpoint.transport.divergence import sinkhorn_divergence, sinkhorn_within, squared_distances
+from restpoint.transport.sinkhorn import sinkhorn
 from restpoint.transport.sliced import (
     between_quantiles,
     quantiles,
