@@ -16,7 +16,7 @@ from restpoint.trajectory.measure import Measure, Trajectory
 from restpoint.trajectory.record import states_of
 from restpoint.trajectory.sampling import evenly_spaced
 from restpoint.trajectory.transport import Transport
-from restpoint.transport.sinkhorn import sinkhorn_divergence
+from restpoint.transport.divergence import sinkhorn_divergence
 from restpoint.transport.sliced import random_projections
 
 

@@ -9,7 +9,8 @@ from scipy.stats import wasserstein_distance
 
 from restpoint.errors import RestpointError
 from restpoint.transport.bounds import contraction_estimate, softmax_variation_bound
-from restpoint.transport.sinkhorn import sinkhorn, sinkhorn_divergence, sinkhorn_within, squared_distances
+from restpoint.transport.divergence import sinkhorn_divergence, sinkhorn_within, squared_distances
+from restpoint.transport.sinkhorn import sinkhorn
 from restpoint.transport.sliced import (
     between_quantiles,
     quantiles,
@@ -160,6 +161,11 @@ def test_a_tiny_regularisation_neither_overflows_nor_loses_the_plan():
     for i in range(3):
         exact = ot.emd2(a[i].numpy(), b[i].numpy(), cost[i].numpy())
         assert float(found.value[i]) == pytest.approx(exact, abs=1e-2)
+    # Here even ten iterations move them beyond what exponentials hold.
+    early = sinkhorn(cost, 1e-5, a, b, max_iterations=11, tolerance=1e-9)
+    plan = torch.exp((early.potential_a[..., None] + early.potential_b[:, None] - cost) / 1e-5)
+    plan = plan * a[..., None] * b[:, None]
+    torch.testing.assert_close((plan.sum(-2) - b).abs().sum(-1), early.marginal_error, rtol=1e-4, atol=1e-6)
 
 
 def test_converged_problems_freeze_and_a_batch_equals_its_parts():

@@ -10,8 +10,9 @@ from restpoint.errors import RestpointError
 from restpoint.trajectory.measure import Measure, Trajectory
 from restpoint.trajectory.observables import directions
 from restpoint.trajectory.sampling import evenly_spaced
+from restpoint.transport.divergence import sinkhorn_within, squared_distances
 from restpoint.transport.gaussian import Gaussian, wasserstein2_squared, wasserstein2_squared_samples
-from restpoint.transport.sinkhorn import sinkhorn, sinkhorn_within, squared_distances
+from restpoint.transport.sinkhorn import sinkhorn
 from restpoint.transport.sliced import between_quantiles, quantiles, random_projections
 
 _FLAT = 0.05
