@@ -187,6 +187,15 @@ def test_order_is_found_significant_and_disorder_is_not() -> None:
     assert random.results()["tau.p"] > 0.01
 
 
+def test_texts_draw_their_own_permutations() -> None:
+    """Were they the same ones, the null of a corpus would be as wide as that of one text."""
+    layers = torch.tensor([[0, 1, 2, 3, 4]] * 8)
+    first, second = Saturation(identity), Saturation(identity)
+    first.observe(layers, 17, 0)
+    second.observe(layers, 17, 1)
+    assert not torch.equal(first.sums["null"], second.sums["null"])
+
+
 @pytest.mark.parametrize("argument", ["k", "every", "tokens", "permutations"])
 def test_arguments_are_refused_by_name(argument: str) -> None:
     with pytest.raises(RestpointError, match=f"^{argument} is 0"):
