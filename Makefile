@@ -1,4 +1,4 @@
-# make test    lint and tests             make demo    fit a profile to the bundled model, then benchmark it
+# make test    lint and tests             make demo    profile, atlas and benchmark of the bundled model
 # make lint    format, types, imports     make bench   the full benchmark          make clean   remove what was built
 #
 # The first target run creates .venv (an existing one is used as it is) and installs restpoint into it.
@@ -32,6 +32,7 @@ pytest: $(STAMP)
 demo: $(STAMP)
 	@mkdir -p $(DEMO)
 	$(BIN)/restpoint fit --output $(DEMO)/profile --max-tokens 60000
+	$(BIN)/restpoint analyze --max-tokens 10000 --output $(DEMO)/atlas
 	$(BIN)/restpoint bench --quick --profile $(DEMO)/profile --plot $(DEMO)/bench.png --json $(DEMO)/bench.json
 
 bench: $(STAMP)

@@ -25,4 +25,4 @@ def write(path: Path, make: Callable[[Path], Any], argument: str = "output") -> 
         make(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise RestpointError(f"{argument}: {path} cannot be written ({error.strerror}); give another place") from error
+        raise RestpointError(f"{argument}: {path} cannot be written ({error.strerror}); give another path") from error

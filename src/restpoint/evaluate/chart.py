@@ -1,9 +1,9 @@
 """A bar chart of a benchmark: how many times plain decoding, by domain and method."""
 
-import os
 from pathlib import Path
 from typing import Any
 
+from restpoint import files
 from restpoint.errors import RestpointError
 from restpoint.evaluate.rows import AVERAGE, BenchReport, Row
 
@@ -55,13 +55,7 @@ def draw(report: BenchReport, path: Path | str) -> None:
     name = f"{_BASELINE} ({plain.tokens_per_second:.0f} tokens/s)"
     axes.axhline(1.0, color="#333333", linewidth=1.2, linestyle=(0, (5, 3)), zorder=1, label=name)
     _label(axes, report, domains)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=160)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RestpointError(f"plot: {path} cannot be written ({error.strerror}); give another path") from error
+    files.write(path, lambda temporary: figure.savefig(temporary, dpi=160), "plot")
 
 
 def _drawn(report: BenchReport) -> dict[str, dict[str, Row]]:

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from restpoint.errors import RestpointError
+from restpoint import files
 from restpoint.evaluate.methods import Run
 from restpoint.evaluate.statistics import paired_ratio
 
@@ -95,15 +94,9 @@ class BenchReport:
         Raises:
             RestpointError: the file cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
         content = {"conditions": dict(self.conditions), "rows": [asdict(row) for row in self.rows]}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise RestpointError(f"json: {path} cannot be written ({error.strerror}); give another path") from error
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        files.write(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"), "json")
 
 
 @dataclass

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from restpoint.errors import RestpointError
+from restpoint.files import write
 from restpoint.report.figures import figure, scene, whole
 from restpoint.report.reading import Reader, shown
 from restpoint.report.sections import Section, label, sections
-from restpoint.theory.study import write
 from restpoint.trajectory.atlas import Atlas, Subject
 
 

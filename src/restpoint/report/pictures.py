@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from restpoint.files import write
 from restpoint.report.charts import PALETTE, Chart, Heat
 from restpoint.report.sections import sections
-from restpoint.theory.study import write
 from restpoint.trajectory.atlas import Atlas
 from restpoint.trajectory.scenes import Scene
 

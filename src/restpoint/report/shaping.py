@@ -60,9 +60,16 @@ def geometry(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
     """Steps, turns and lengths over depth, and by position in the text."""
     charts = []
     for name, title, unit, caption in _QUANTITIES:
-        charts.append(Chart(name, title, caption, LAYER, unit, lines=_banded(read, name), layers=read.layers))
+        length = not name.endswith("angle")
+        charts.append(
+            Chart(name, title, caption, LAYER, unit, lines=_banded(read, name), layers=read.layers, logarithmic=length)
+        )
         by_position = read.array(f"{name}.position", 2)
         if by_position is not None:
+            shown_as = unit
+            if length:  # layers differ far more than positions do
+                by_position = by_position / np.nanmean(by_position, 1, keepdims=True)
+                shown_as = "over the layer's mean"
             charts.append(
                 Chart(
                     f"{name}-by-position",
@@ -72,7 +79,7 @@ def geometry(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
                     "position in the text (token)",
                     LAYER,
                     heat=Heat(
-                        by_position, _names(read.depths(len(by_position))), _doubling(by_position.shape[1]), unit
+                        by_position, _names(read.depths(len(by_position))), _doubling(by_position.shape[1]), shown_as
                     ),
                 )
             )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from restpoint.files import write
 from restpoint.report.reading import depth_axis
-from restpoint.theory.study import write
 from restpoint.trajectory.atlas import Atlas
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from restpoint.theory.study import Study, write
+from restpoint.files import write
+from restpoint.theory.study import Study
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --faint: #767676; }

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from restpoint.files import write
 from restpoint.theory.simulate import SPECTRA
-from restpoint.theory.study import Study, write
+from restpoint.theory.study import Study
 
 _STRONG, _CENTRE, _PLAIN, _OTHER = "#D55E00", "#222222", "#0072B2", "#E69F00"  # told apart with any colour vision
 

@@ -2,15 +2,13 @@
 
 import csv
 import io
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from restpoint.errors import RestpointError
+from restpoint.files import write
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +44,3 @@ class Study:
         writer.writerow(self.columns)
         writer.writerows(self.rows)
         write(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
-
-
-def write(path: Path, make: Callable[[Path], Any]) -> None:
-    """Have a file made under another name in the same folder, then give it its own.
-
-    Raises:
-        RestpointError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RestpointError(f"output: {path} cannot be written ({error.strerror}); give another folder") from error
