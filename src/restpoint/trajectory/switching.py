@@ -94,7 +94,7 @@ def inject(
 
 @torch.no_grad()
 def measure_switching(
-    layered: LayeredModel, texts: Iterable[Int[Tensor, " tokens"]], examples: Examples, runs: int = 8, seed: int = 0
+    layered: LayeredModel, texts: Iterable[Int[Tensor, "_"]], examples: Examples, runs: int = 8, seed: int = 0
 ) -> Switching:
     """Inject states of task 2 into texts whose last token is at task 1, and as many of task 1 for comparison.
 
