@@ -10,27 +10,30 @@ from restpoint.trajectory import observables
 from restpoint.trajectory.histogram import Scale
 from restpoint.trajectory.kinematics import MOTIONS, kinematics
 from restpoint.trajectory.measure import Measure, Trajectory
+from restpoint.trajectory.sampling import evenly_spaced
 
 _COSINE = Scale(-1.0, 1.0, 1000)
 _LENGTH = Scale(1e-6, 1e6, 2400, logarithmic=True)
 _SCALES = {name: _COSINE if name.endswith("angle") else _LENGTH for name in MOTIONS}
 _QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 _MASSIVE = 10.0
+_MOST = 128
 
 
 class Geometry(Measure):
     """Steps, angles, accelerations, curvature and norms of every token; clouds of a sample of texts.
 
     Results, one value a layer: for each of :data:`MOTIONS` ``.mean``, ``.std``, quantiles ``.q05`` to ``.q95``, and
-    ``.position`` by the token's place in its text (0, 1, 2-3, 4-7, ..). For the clouds of the states h_0 .. h_L:
+    ``.position`` by the token's place in its text (0, 1, 2-3, 4-7, ..), the last two of every second text. For the
+    clouds of the states h_0 .. h_L:
 
     * ``anisotropy``: the mean cosine of two tokens of the corpus, (‖sum u‖² - n) / (n (n - 1)) with u = h / ‖h‖.
     * ``effective_rank`` and ``participation_ratio`` of the covariance over all sampled tokens, and
       ``.without_sinks``: without first tokens and those whose norm somewhere exceeds ten medians of their text. Left
       out above 2048 dimensions, whose covariances would take gigabytes.
-    * within a text: ``clusters.components``, ``clusters.rank``, ``clusters.share``: of the graph that joins tokens with
-      cosine above 1 - tau; ``energy`` by inverse temperature; ``rank_collapse``: sqrt(‖R‖_1 ‖R‖_inf) with
-      R = X - 1 x̄ᵀ, over the same of X; each the mean over sampled texts.
+    * within a text, of at most 128 evenly spaced tokens: ``clusters.components``, ``clusters.rank``,
+      ``clusters.share``: of the graph that joins tokens with cosine above 1 - tau; ``energy`` by inverse temperature;
+      ``rank_collapse``: sqrt(‖R‖_1 ‖R‖_inf) with R = X - 1 x̄ᵀ, over the same of X; each the mean over sampled texts.
 
     Args:
         every: one text of so many is looked at for covariances, and one of twice as many for clusters.
@@ -51,7 +54,7 @@ class Geometry(Measure):
         "Hosseini, Fedorenko 2023, Large language models implicitly learn to straighten neural sentence trajectories",
     )
 
-    def __init__(self, every: int = 4, tau: float = 0.1, betas: tuple[float, ...] = (1.0, 4.0)):
+    def __init__(self, every: int = 8, tau: float = 0.1, betas: tuple[float, ...] = (1.0, 4.0)):
         super().__init__()
         self.every = every
         self.tau = tau
@@ -62,7 +65,7 @@ class Geometry(Measure):
         states = trajectory.states
         motions = kinematics(states)
         for name, values in motions.items():
-            self._add_motion(name, values)
+            self._add_motion(name, values, spread=trajectory.index % 2 == 0)
         norms = motions["norm"]
         units = states / norms.unsqueeze(-1).clamp_min(torch.finfo(states.dtype).tiny)
         self._add("tokens", torch.tensor(states.shape[1]))
@@ -72,11 +75,14 @@ class Geometry(Measure):
         if trajectory.index % (2 * self.every) == 0:
             self._add_clouds(states)
 
-    def _add_motion(self, name: str, values: Float[Tensor, "layers tokens"]) -> None:
+    def _add_motion(self, name: str, values: Float[Tensor, "layers tokens"], spread: bool) -> None:
         known = values.isfinite()
         kept = values.double().where(known, 0.0)
+        self._add(f"{name}.seen", known.sum(-1))
         self._add(f"{name}.sum", kept.sum(-1))
         self._add(f"{name}.squares", kept.square().sum(-1))
+        if not spread:
+            return
         self._add(f"{name}.histogram", _SCALES[name].count(values))
         places = torch.arange(values.shape[1])
         bins = torch.where(places > 0, places.clamp_min(1).log2().floor().long() + 1, 0)
@@ -91,6 +97,7 @@ class Geometry(Measure):
             self._add(f"{name}.second", cloud.mT @ cloud)
 
     def _add_clouds(self, states: Float[Tensor, "depth tokens hidden"]) -> None:
+        states = states[:, evenly_spaced(states.shape[1], _MOST)]
         states = states[:, _directed(states)]
         if states.shape[1] < 2:
             return
@@ -120,17 +127,18 @@ class Geometry(Measure):
         return found
 
     def _motion(self, name: str) -> dict[str, Tensor]:
-        counts = self.sums[f"{name}.histogram"]
-        seen = counts.sum(-1).double()
+        seen = self.sums[f"{name}.seen"].double()
         mean = self.sums[f"{name}.sum"] / seen
         variance = (self.sums[f"{name}.squares"] / seen - mean.square()).clamp_min(0)
+        found = {f"{name}.mean": mean, f"{name}.std": variance.sqrt()}
+        if f"{name}.histogram" not in self.sums:
+            return found
+        counts = self.sums[f"{name}.histogram"]
         quantiles = _SCALES[name].quantiles(counts, list(_QUANTILES.values()))
         places_seen = self.sums[f"{name}.places_seen"]
         used = int(places_seen.sum(0).nonzero().max()) + 1 if bool(places_seen.any()) else 1
         places = self.sums[f"{name}.places"] / places_seen
-        return {
-            f"{name}.mean": mean,
-            f"{name}.std": variance.sqrt(),
+        return found | {
             **{f"{name}.{label}": quantiles[:, place] for place, label in enumerate(_QUANTILES)},
             f"{name}.position": places[:, :used],
         }

@@ -166,7 +166,7 @@ class Reader:
             RestpointError: a state is not finite; the message names the layer and the text.
         """
         states = self._states(pieces)
-        if not bool(states.isfinite().all()):
+        if not bool(states.sum().isfinite()) and not bool(states.isfinite().all()):  # the sum is read far faster
             layer, row = (~states.isfinite()).any(-1).any(-1).nonzero()[0].tolist()
             raise RestpointError(
                 f"text: the state of piece {pieces[row].number} after layer {layer} is not finite; "
