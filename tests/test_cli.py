@@ -342,3 +342,76 @@ def test_a_reader_that_leaves_early_is_no_error():
     command = f"{sys.executable} -m restpoint.cli --help | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+# --- the atlas ---
+
+SMALL = ["--max-tokens", "600", "--sequence-length", "64", "--scenes", "1", "--measures", "geometry", "lens"]
+
+
+@pytest.fixture(scope="module")
+def atlases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("atlases")
+    assert main(["analyze", *SMALL, "-o", str(folder / "whole")]) == 0
+    return folder
+
+
+def test_analyze_writes_atlas_page_tables_and_pictures(atlases, capsys):
+    whole = atlases / "whole"
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"atlas.json", "atlas.safetensors", "index.html", "tables", "pictures", "untrained"}
+    assert {path.name for path in (whole / "untrained").iterdir()} == {"atlas.json", "atlas.safetensors"}
+    assert "random weights" in (whole / "index.html").read_text(encoding="utf-8")
+    assert (whole / "tables" / "geometry.csv").stat().st_size > 1000
+    assert main(["report", str(whole), "-o", str(atlases / "page"), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["subject"]["layers"] == 16
+    assert len(content["results"]["geometry"]["step.mean"]) == 16
+    assert (atlases / "page" / "index.html").exists()
+
+
+def test_shares_are_merged_on_the_command_line(atlases, capsys):
+    for share in ("1/2", "2/2"):
+        where = str(atlases / share.replace("/", "-"))
+        assert main(["analyze", *SMALL, "--share", share, "-o", where]) == 0
+    parts = [str(atlases / name) for name in ("1-2", "2-2")]
+    capsys.readouterr()
+    assert main(["merge", *parts, "-o", str(atlases / "merged"), "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out)["results"]
+    assert main(["report", str(atlases / "whole"), "-o", str(atlases / "again"), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)["results"]
+    assert merged["geometry"]["step.mean"] == pytest.approx(whole["geometry"]["step.mean"], rel=1e-10)
+    assert main(["merge", parts[0], "-o", str(atlases / "half")]) == 2
+    assert "give each of them once" in capsys.readouterr().err
+
+
+def test_compare_shows_both_and_what_they_have_in_common(atlases, capsys):
+    both = [str(atlases / "whole"), str(atlases / "whole" / "untrained")]
+    assert main(["compare", *both, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["names"] == ["reference", "reference (random weights)"]
+    assert found["layers"] == [16, 16]
+    profiles = {profile["name"]: profile for profile in found["profiles"]}
+    assert profiles["lens.logit.agreement"]["first"][-1] == profiles["lens.logit.agreement"]["second"][-1] == 1
+    assert any("different texts" in note for note in found["notes"])
+    assert main(["compare", *both, "-o", str(atlases / "both")]) == 0
+    assert "lens.logit.kl" in capsys.readouterr().out
+    assert (atlases / "both" / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["report", "nowhere"], "atlas: nowhere holds none"),
+        (["compare", "nowhere", "elsewhere"], "atlas: nowhere holds none"),
+        (["analyze", "--share", "5/4"], "share is '5/4'"),
+        (["analyze", "--measures", "geometri"], "measures: 'geometri' is unknown"),
+        (["analyze", "--part", "encoder"], "part: no list of layers"),
+        (["analyze", "--layers", "model.norm"], "path: model.norm is no list"),
+        (["analyze", "--text", "nowhere.txt"], "text: nowhere.txt does not exist"),
+    ],
+)
+def test_what_the_atlas_cannot_do_is_told_in_one_line(words, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert told in capsys.readouterr().err

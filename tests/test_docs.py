@@ -19,7 +19,12 @@ from restpoint import bundled, cli
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 THEORY = ROOT / "docs" / "theory.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "how-it-works.md", THEORY]
+DOCUMENTS = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("how-it-works", "atlas")),
+    THEORY,
+]
 FIGURES = ROOT / "docs" / "bench.json"
 NOT_CODE = {"text", "sh"}
 

@@ -15,6 +15,7 @@ from restpoint import bundled
 from restpoint.errors import RestpointError
 from restpoint.model.load import Loaded
 from restpoint.trajectory.atlas import Atlas
+from restpoint.trajectory.comparison import compare
 from restpoint.trajectory.measure import Trajectory
 from restpoint.trajectory.options import SurveyOptions
 from restpoint.trajectory.reading import Piece, Reader, Sample
@@ -230,3 +231,20 @@ def test_options_that_make_no_sense_are_refused(fields: dict[str, Any], told: st
 def test_nothing_to_read_is_said(subject: Surveyed) -> None:
     with pytest.raises(RestpointError, match=r"^text: there is nothing in it to read"):
         survey(subject, [Sample(""), Sample(" ")], OPTIONS)
+
+
+def test_atlases_of_unlike_depth_are_compared_at_equal_shares_of_it(whole: Atlas, reference: Loaded) -> None:
+    config = hf.BertConfig(
+        vocab_size=8192, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48
+    )
+    other = survey(Surveyed("bert", hf.BertModel(config).eval(), reference.tokenizer), samples(), OPTIONS)
+    found = compare(whole, other)
+    assert found.layers == (16, 4)
+    assert any("depths differ (16 and 4 layers)" in note for note in found.notes)
+    profiles = {profile.name: profile for profile in found.profiles}
+    anisotropy = profiles["geometry.anisotropy"]
+    np.testing.assert_allclose(anisotropy.first, whole.results["geometry"]["anisotropy"][::4])
+    np.testing.assert_allclose(anisotropy.second, other.results["geometry"]["anisotropy"])
+    assert all(profile.distance == 0 for profile in compare(whole, whole).profiles)
+    with pytest.raises(RestpointError, match=r"^atlases: they have measured nothing in common"):
+        compare(whole, replace(other, results={}))

@@ -8,6 +8,7 @@ In the order that they are used::
     Decoder       generate or stream text (SamplingSettings)         -> Generation with Statistics
     generate_fn   the same inside ``model.generate(custom_generate)`` -> what ``generate`` returns
     bench         decoding speed beside the baselines (BenchOptions) -> a report
+    survey        how tokens move (Surveyed, Sample, SurveyOptions)  -> Atlas
     LayeredModel  a causal LM, one layer at a time
 
 A user's mistake raises RestpointError, with one line that says what to change. Names are imported when they are first
@@ -32,10 +33,16 @@ if TYPE_CHECKING:
     from restpoint.model.layered import LayeredModel
     from restpoint.model.load import Loaded, load
     from restpoint.profile import Profile
+    from restpoint.trajectory.atlas import Atlas
+    from restpoint.trajectory.options import SurveyOptions
+    from restpoint.trajectory.reading import Sample
+    from restpoint.trajectory.survey import survey
+    from restpoint.trajectory.surveyed import Surveyed
 
     __version__: str
 
 __all__ = [
+    "Atlas",
     "BenchOptions",
     "Decoder",
     "FitOptions",
@@ -45,17 +52,22 @@ __all__ = [
     "Loaded",
     "Profile",
     "RestpointError",
+    "Sample",
     "SamplingSettings",
     "Statistics",
+    "SurveyOptions",
+    "Surveyed",
     "__version__",
     "bench",
     "check",
     "fit_profile",
     "generate_fn",
     "load",
+    "survey",
 ]
 
 _HOMES = {
+    "Atlas": "trajectory.atlas",
     "BenchOptions": "evaluate.options",
     "Decoder": "generate",
     "FitOptions": "fit.options",
@@ -65,13 +77,17 @@ _HOMES = {
     "Loaded": "model.load",
     "Profile": "profile",
     "RestpointError": "errors",
+    "Sample": "trajectory.reading",
     "SamplingSettings": "decode.settings",
     "Statistics": "generation",
+    "SurveyOptions": "trajectory.options",
+    "Surveyed": "trajectory.surveyed",
     "bench": "evaluate.speed",
     "check": "model.check",
     "fit_profile": "fit.run",
     "generate_fn": "huggingface.custom",
     "load": "model.load",
+    "survey": "trajectory.survey",
 }
 
 
