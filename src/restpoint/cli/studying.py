@@ -198,7 +198,7 @@ class Compare:
     """Folder that `restpoint analyze` wrote."""
     second: Annotated[Positional[Path], arg(metavar="ATLAS")]
     """Another; their models may differ in depth and size."""
-    output: Folder = None
+    output: Annotated[Path | None, arg(metavar="FOLDER", aliases=["-o"], help_behavior_hint="")] = None
     """Write a page with both to this folder."""
     json: Flag = False
     """Print JSON instead of a table."""
