@@ -59,8 +59,10 @@ class WatchedLayers:
             for hook in hooks:
                 hook.remove()
 
-    def stacked(self, states: list[Tensor]) -> Tensor:
-        """States of a pass, one behind the other: (depth, batch, tokens, hidden) in float32.
+    def stacked(self, states: list[Tensor], row: int) -> Tensor:
+        """States of one row of a pass, one behind the other: (depth, tokens, hidden) in float32.
+
+        Row by row, because blocks of all rows would be so large that memory is fetched anew for every one of them.
 
         Raises:
             RestpointError: no layer ran, or states change their shape on the way.
@@ -73,7 +75,7 @@ class WatchedLayers:
                 f"path: states change shape on their way through {self.path} ({sorted(shapes)}); "
                 "name one stage by its path"
             )
-        return torch.stack([state.float() for state in states])
+        return torch.stack([state[row].float() for state in states])
 
 
 def stacks(model: PreTrainedModel) -> dict[str, int]:

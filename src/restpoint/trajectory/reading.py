@@ -166,16 +166,16 @@ class Reader:
             RestpointError: a state is not finite; the message names the layer and the text.
         """
         states = self._states(pieces)
+        return [self._trajectory(piece, self.layers.stacked(states, row)) for row, piece in enumerate(pieces)]
+
+    def _trajectory(self, piece: Piece, states: Float[Tensor, "depth tokens hidden"]) -> Trajectory:
         if not bool(states.sum().isfinite()) and not bool(states.isfinite().all()):  # the sum is read far faster
-            layer, row = (~states.isfinite()).any(-1).any(-1).nonzero()[0].tolist()
+            layer = (~states.isfinite()).any(-1).any(-1).nonzero()[0].item()
             raise RestpointError(
-                f"text: the state of piece {pieces[row].number} after layer {layer} is not finite; "
+                f"text: the state of piece {piece.number} after layer {layer} is not finite; "
                 "load the model in float32 or bfloat16, or leave that text out"
             )
-        return [
-            Trajectory(states[:, row], piece.index, torch.tensor(piece.ids) if piece.ids else None, piece.domain)
-            for row, piece in enumerate(pieces)
-        ]
+        return Trajectory(states, piece.index, torch.tensor(piece.ids) if piece.ids else None, piece.domain)
 
     @torch.inference_mode()
     def read_attention(self, piece: Piece, length: int) -> Trajectory:
@@ -190,7 +190,7 @@ class Reader:
             (trajectory,) = self.read([start])
         return replace(trajectory, attention=stack_attention(observed)[0])
 
-    def _states(self, pieces: Sequence[Piece]) -> Float[Tensor, "depth batch tokens hidden"]:
+    def _states(self, pieces: Sequence[Piece]) -> list[Tensor]:
         device = self.model.device
         if pieces[0].inputs:
             inputs = {name: value.to(device) for name, value in pieces[0].inputs.items()}
@@ -198,7 +198,7 @@ class Reader:
             inputs = {"input_ids": torch.tensor([piece.ids for piece in pieces], device=device)}
         with self.layers.watch() as states:
             self.backbone(**inputs, **self._without_cache)
-        return self.layers.stacked(states)
+        return states
 
 
 @torch.inference_mode()
@@ -215,7 +215,7 @@ def while_writing(layers: WatchedLayers, prompt: Int[Tensor, " prompt"], new_tok
     for _ in range(new_tokens):
         with layers.watch() as states:
             out = model(input_ids=block, past_key_values=cache, use_cache=True)
-        passes.append(layers.stacked(states)[:, 0])
+        passes.append(layers.stacked(states, 0))
         cache, block = out.past_key_values, out.logits[:, -1:].argmax(-1)
         ids.append(block[0].cpu())
     return Trajectory(torch.cat(passes, 1), 0, torch.cat(ids)[:-1])
