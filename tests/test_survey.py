@@ -22,7 +22,8 @@ from restpoint.trajectory.reading import Piece, Reader, Sample
 from restpoint.trajectory.survey import merge, survey
 from restpoint.trajectory.surveyed import Surveyed, untrained_twin
 
-OPTIONS = SurveyOptions(max_tokens=1500, sequence_length=64, batch=4, scenes=3, checkpoint_every=2)
+ALL = SurveyOptions(max_tokens=1500, sequence_length=64, batch=4, scenes=3, checkpoint_every=2)
+OPTIONS = replace(ALL, measures=("geometry", "pairs", "lens", "saturation", "sinks", "transport"))
 
 
 def samples() -> Iterator[Sample]:
@@ -190,7 +191,7 @@ def test_an_encoder_is_surveyed_without_what_needs_a_head(reference: Loaded) -> 
         vocab_size=8192, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48
     )
     encoder = Surveyed("bert", hf.BertModel(config).eval(), reference.tokenizer)
-    atlas = survey(encoder, samples(), OPTIONS)
+    atlas = survey(encoder, samples(), ALL)
     assert {"geometry", "pairs"} <= set(atlas.results)
     assert not {"lens", "saturation", "bounds"} & set(atlas.results)
     assert any(note.startswith("lens is left out") for note in atlas.conditions["notes"])
@@ -205,7 +206,7 @@ def test_images_are_surveyed_without_a_tokenizer() -> None:
     )
     generator = torch.Generator().manual_seed(0)
     images = [Sample({"pixel_values": torch.randn(1, 3, 32, 32, generator=generator)}, "noise") for _ in range(6)]
-    atlas = survey(Surveyed("vit", hf.ViTModel(config).eval()), images, OPTIONS)
+    atlas = survey(Surveyed("vit", hf.ViTModel(config).eval()), images, ALL)
     assert atlas.corpus["texts"] == 6
     assert atlas.results["geometry"]["step.mean"].shape == (3,)
     assert not atlas.scenes
@@ -237,7 +238,7 @@ def test_atlases_of_unlike_depth_are_compared_at_equal_shares_of_it(whole: Atlas
     config = hf.BertConfig(
         vocab_size=8192, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48
     )
-    other = survey(Surveyed("bert", hf.BertModel(config).eval(), reference.tokenizer), samples(), OPTIONS)
+    other = survey(Surveyed("bert", hf.BertModel(config).eval(), reference.tokenizer), samples(), ALL)
     found = compare(whole, other)
     assert found.layers == (16, 4)
     assert any("depths differ (16 and 4 layers)" in note for note in found.notes)
