@@ -35,6 +35,13 @@ def whisper() -> hf.PreTrainedModel:
     return hf.WhisperModel(config).eval()
 
 
+def test_text_for_an_encoder_decoder_is_refused() -> None:
+    config = hf.T5Config(d_model=16, d_kv=8, num_heads=2, d_ff=16, num_layers=2, vocab_size=8)
+    reader = Reader(WatchedLayers(hf.T5Model(config).eval(), "encoder"))
+    with pytest.raises(RestpointError, match=r"^text: t5 is an encoder-decoder"):
+        reader.read([Piece(0, [1, 2, 3])])
+
+
 def heard() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {

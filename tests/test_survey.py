@@ -1,5 +1,6 @@
 """A survey of a model: resumed, shared out and merged, saved and read again; what cannot be measured is said."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from restpoint import bundled
 from restpoint.errors import RestpointError
-from restpoint.model.load import Loaded
+from restpoint.model.load import Loaded, load
 from restpoint.trajectory.atlas import Atlas
 from restpoint.trajectory.comparison import compare
 from restpoint.trajectory.measure import Trajectory
@@ -97,7 +99,11 @@ def test_an_interrupted_survey_goes_on(subject: Surveyed, tmp_path: Path, monkey
     assert seen[0] > 0
     same(again, whole)
     assert again.corpus == whole.corpus
-    assert not list(tmp_path.iterdir())
+    seen.clear()
+    same(survey(subject, samples(), options, folder=tmp_path), whole)
+    assert not seen, "what is measured, and not saved yet, is not measured again"
+    again.save(tmp_path)
+    assert not (tmp_path / "partial.safetensors").exists()
 
 
 def test_an_unfinished_survey_of_something_else_is_refused(subject: Surveyed, tmp_path: Path) -> None:
@@ -109,6 +115,11 @@ def test_an_unfinished_survey_of_something_else_is_refused(subject: Surveyed, tm
         survey(subject, samples(), OPTIONS, folder=tmp_path, progress=stop)
     with pytest.raises(RestpointError, match=r"^output: .*another model or with other options"):
         survey(subject, samples(), replace(OPTIONS, top=3), folder=tmp_path)
+    rest = itertools.islice(samples(), 1, None)
+    with pytest.raises(RestpointError, match=r"^text: .*unfinished survey of another text"):
+        survey(subject, rest, OPTIONS, folder=tmp_path)
+    with pytest.raises(RestpointError, match=r"^text: .*unfinished survey of another text"):
+        survey(subject, [Sample("Too short a text.")], OPTIONS, folder=tmp_path)
     with pytest.raises(RestpointError, match=r"^output: "):
         survey(untrained_twin(subject), samples(), OPTIONS, folder=tmp_path)
 
@@ -249,3 +260,21 @@ def test_atlases_of_unlike_depth_are_compared_at_equal_shares_of_it(whole: Atlas
     assert all(profile.distance == 0 for profile in compare(whole, whole).profiles)
     with pytest.raises(RestpointError, match=r"^atlases: they have measured nothing in common"):
         compare(whole, replace(other, results={}))
+
+
+def test_an_encoder_that_lacks_weights_is_refused(reference: Loaded, tmp_path: Path) -> None:
+    """Weights that a checkpoint lacks would be random ones."""
+    config = hf.BertConfig(
+        vocab_size=8192, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = hf.BertModel(config)
+    reference.tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    kept = {name: own for name, own in load_file(weights).items() if "pooler" not in name}
+    save_file(kept, weights, {"format": "pt"})
+    assert type(load(str(tmp_path), causal=False).model) is hf.BertModel
+    kept = {name: own.clone() for name, own in kept.items() if name != "encoder.layer.1.output.dense.weight"}
+    save_file(kept, weights, {"format": "pt"})
+    with pytest.raises(RestpointError, match=r"lacks 1 weights of its layers \(encoder.layer.1.output.dense.weight"):
+        load(str(tmp_path), causal=False)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize
+from sklearn.linear_model import LogisticRegression
 
 from restpoint import bundled
 from restpoint.errors import RestpointError
@@ -166,12 +167,11 @@ def test_regression_is_scipys_minimum() -> None:
 
 
 def test_regression_is_scikit_learns() -> None:
-    linear = pytest.importorskip("sklearn.linear_model")
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(300, 10, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, 4, (300,), generator=generator)
     weights, _ = multinomial_regression(features, labels, 4, 0.02)
-    other = linear.LogisticRegression(C=1 / (0.02 * 300), tol=1e-10, max_iter=5000)
+    other = LogisticRegression(C=1 / (0.02 * 300), tol=1e-10, max_iter=5000)
     np.testing.assert_allclose(weights.numpy(), other.fit(features.numpy(), labels.numpy()).coef_.T, atol=1e-5)
 
 

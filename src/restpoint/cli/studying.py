@@ -142,7 +142,6 @@ class Analyze:
         subject = Surveyed(self.model, loaded.model, loaded.tokenizer)
         with console.progress_bars() as progress:
             atlas = survey(subject, samples(), self.survey, folder=self.output, progress=progress)
-            atlas.save(self.output)
         twin = None
         if not self.no_twin and self.survey.share is None:
             fewer = replace(self.survey, max_tokens=max(2, self.survey.max_tokens // 4), scenes=0)
@@ -151,6 +150,7 @@ class Analyze:
             with console.progress_bars() as progress:
                 twin = survey(random, samples(), fewer, folder=self.output / TWIN, progress=progress)
             twin.save(self.output / TWIN)
+        atlas.save(self.output)
         _present(atlas, twin, self.output, self.json)
 
     def interrupted(self) -> str:

@@ -123,8 +123,7 @@ def load(
         }
         loaded: Any = kind.from_pretrained(source, output_loading_info=True, **how, **common)
         model, report = loaded
-        if kind is AutoModelForCausalLM:
-            _check_complete(name, config, report["missing_keys"])
+        _check_complete(name, config, report["missing_keys"], causal=kind is AutoModelForCausalLM)
         if device_map is None:
             model.to(target)
     model.eval().requires_grad_(False)
@@ -233,12 +232,18 @@ def _check_has_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase) -> None
         raise RestpointError(f"model {name!r} {_NO_TOKENIZER}")
 
 
-def _check_complete(name: str, config: PreTrainedConfig, missing: set[str]) -> None:
-    if missing:
-        some = ", ".join(sorted(missing)[:3]) + (", .." if len(missing) > 3 else "")
+def _check_complete(name: str, config: PreTrainedConfig, missing: set[str], causal: bool) -> None:
+    """Refuse random weights, but for a pooler: a bare stack is built with one, and its layers do not need it."""
+    wanted = missing if causal else {weight for weight in missing if "pooler" not in weight}
+    if wanted:
+        some = ", ".join(sorted(wanted)[:3]) + (", .." if len(wanted) > 3 else "")
+        what, remedy = (
+            ("a causal language model", "give a complete checkpoint with its language-model head")
+            if causal
+            else ("its layers", "give a complete checkpoint")
+        )
         raise RestpointError(
-            f"model {name!r} ({config.model_type}) lacks {len(missing)} weights of a causal language model"
-            f" ({some}): give a complete checkpoint with its language-model head"
+            f"model {name!r} ({config.model_type}) lacks {len(wanted)} weights of {what} ({some}): {remedy}"
         )
 
 

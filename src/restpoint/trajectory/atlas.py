@@ -15,6 +15,7 @@ from torch import Tensor
 
 from restpoint import files
 from restpoint.errors import RestpointError
+from restpoint.trajectory import partial
 from restpoint.trajectory.scenes import Scene
 
 FORMAT = 1
@@ -76,7 +77,7 @@ class Atlas:
     sums: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def save(self, folder: Path | str) -> None:
-        """Write ``atlas.json`` and ``atlas.safetensors``, each complete or not at all.
+        """Write ``atlas.json`` and ``atlas.safetensors``, each complete or not at all; they end an unfinished survey.
 
         Raises:
             RestpointError: the folder cannot be written.
@@ -102,6 +103,7 @@ class Atlas:
         files.write(folder / _TENSORS, lambda path: save_file(tensors, path))
         text = json.dumps(described, indent=1, ensure_ascii=False)
         files.write(folder / _JSON, lambda path: path.write_text(text, encoding="utf-8"))
+        partial.discard(folder)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Atlas":

@@ -29,21 +29,21 @@ class Partial:
         self.measures = measures
         self.recipe = recipe
 
-    def save(self, done: int) -> None:
-        """Keep the sums after so many pieces."""
+    def save(self, done: int, text: str) -> None:
+        """Keep the sums after so many batches, and the hash of the text up to there."""
         sums = {f"{one.name}/{name}": own.contiguous() for one in self.measures for name, own in one.sums.items()}
-        metadata = {"place": json.dumps({"done": done, "recipe": self.recipe})}
+        metadata = {"place": json.dumps({"done": done, "text": text, "recipe": self.recipe})}
         files.write(self.folder / _STATE, lambda path: save_file(sums, path, metadata=metadata))
 
-    def resume(self) -> int:
-        """Take the sums up again: how many pieces they hold.
+    def resume(self) -> tuple[int, str]:
+        """Take the sums up again: how many batches they hold, and the hash of the text up to there.
 
         Raises:
             RestpointError: they are of another survey.
         """
         path = self.folder / _STATE
         if not path.exists():
-            return 0
+            return 0, ""
         with safe_open(path, "pt") as file:
             place = json.loads(file.metadata()["place"])
             sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -56,8 +56,16 @@ class Partial:
             prefix = f"{measure.name}/"
             own = {name.removeprefix(prefix): value for name, value in sums.items() if name.startswith(prefix)}
             measure.restore(own)
-        return place["done"]
+        return place["done"], place["text"]
 
-    def remove(self) -> None:
-        """The survey is finished."""
-        (self.folder / _STATE).unlink(missing_ok=True)
+    def other_text(self) -> RestpointError:
+        """What to raise where the text is not the one whose sums were taken up."""
+        return RestpointError(
+            f"text: {self.folder} holds an unfinished survey of another text; give that one, remove {_STATE}, "
+            "or give another folder"
+        )
+
+
+def discard(folder: Path) -> None:
+    """The survey is finished, and its outcome is kept."""
+    (folder / _STATE).unlink(missing_ok=True)

@@ -194,6 +194,11 @@ class Reader:
         device = self.model.device
         if pieces[0].inputs:
             inputs = {name: value.to(device) for name, value in pieces[0].inputs.items()}
+        elif self.model.config.is_encoder_decoder:
+            raise RestpointError(
+                f"text: {self.model.config.model_type} is an encoder-decoder, which reads two things at once; give "
+                "survey() samples whose content are the arguments of its forward"
+            )
         else:
             inputs = {"input_ids": torch.tensor([piece.ids for piece in pieces], device=device)}
         with self.layers.watch() as states:

@@ -53,7 +53,8 @@ def survey(
         samples: texts, or inputs of any kind; read until ``options.max_tokens``.
         options: what to measure.
         lenses: further lenses by name, beside the logit lens.
-        folder: keeps what is measured so far; the same call goes on from there after an interruption.
+        folder: keeps what is measured so far; the same call goes on from there after an interruption, until an atlas
+            is saved to it.
         progress: called with ``read``, tokens so far, and tokens in all.
 
     Raises:
@@ -66,8 +67,9 @@ def survey(
     reader = Reader(layers)
     measures, notes = allowed(subject, options, lenses)
     which, count = options.shares()
-    partial = Partial(Path(folder), measures, _recipe(subject, options, layers.path)) if folder is not None else None
-    done = partial.resume() if partial else 0
+    recipe = _recipe(subject, options, layers.path, lenses)
+    partial = Partial(Path(folder), measures, recipe) if folder is not None else None
+    done, known = partial.resume() if partial else (0, "")
     every = options.checkpoint_every or _EVERY
     cut = Cut(samples, subject.tokenizer, options.sequence_length, options.max_tokens)
     of_attention = [measure for measure in measures if measure.needs_attention]
@@ -85,7 +87,10 @@ def survey(
                 first.append(piece)
             yield piece
 
+    number = -1
     for number, batch in enumerate(batches(seen(), options.batch)):
+        if partial and number == done - 1 and cut.hash != known:
+            raise partial.other_text()
         if number < done or number % count != which:
             continue
         for trajectory in reader.read(batch):
@@ -96,9 +101,13 @@ def survey(
                 if piece.index % _ATTENDED == 0 and len(piece.ids) >= LENGTH:
                     measure.add(reader.read_attention(piece, LENGTH))
         if partial and (number // count + 1) % every == 0:
-            partial.save(number + 1)
+            partial.save(number + 1, cut.hash)
+    if partial and number < done - 1:
+        raise partial.other_text()
     if not cut.texts:
         raise RestpointError("text: there is nothing in it to read; give a text of at least two tokens")
+    if partial:
+        partial.save(number + 1, cut.hash)
     if progress:
         progress("read", options.max_tokens, options.max_tokens)
     results = {measure.name: measure.results() for measure in measures if measure.sums}
@@ -110,7 +119,7 @@ def survey(
         results["tasks"], papers["tasks"] = study_tasks(layered, reader, first, options.seed), PAPERS
         if progress:
             progress("tasks", 1, 1)
-    atlas = Atlas(
+    return Atlas(
         subject=_describe(subject, layers),
         corpus={
             "texts": cut.texts,
@@ -126,9 +135,6 @@ def survey(
         scenes=_scenes(reader, subject, layered, _in_turn(looked_at, options.scenes)),
         sums={measure.name: measure.sums for measure in measures if measure.sums} if count > 1 else {},
     )
-    if partial:
-        partial.remove()
-    return atlas
 
 
 def merge(atlases: Sequence[Atlas]) -> Atlas:
@@ -230,8 +236,20 @@ def _options_of(atlas: Atlas) -> SurveyOptions:
     return SurveyOptions(**{**known, "measures": tuple(known["measures"])})
 
 
-def _recipe(subject: Surveyed, options: SurveyOptions, path: str) -> dict[str, Any]:
+def _recipe(
+    subject: Surveyed, options: SurveyOptions, path: str, lenses: Mapping[str, Predict] | None
+) -> dict[str, Any]:
     """What a survey that is taken up again must have in common with what it was."""
     own = {name: value for name, value in asdict(options).items() if name != "checkpoint_every"}
     mark = fingerprint(subject.model, subject.tokenizer)
-    return json.loads(json.dumps({"options": own, "model": mark, "untrained": subject.untrained, "path": path}))
+    return json.loads(
+        json.dumps(
+            {
+                "options": own,
+                "model": mark,
+                "untrained": subject.untrained,
+                "path": path,
+                "lenses": sorted(lenses or {}),
+            }
+        )
+    )
