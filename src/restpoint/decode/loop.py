@@ -65,6 +65,7 @@ class Round:
         draft_seconds: time spent drafting, for all rows of a batch.
         verify_seconds: time spent in the pass of the full model and the verification; the prefill's, in round 0.
         finished: ``end`` (an end token), ``length`` (max_tokens), ``context`` (the model is full), or empty.
+        depth: layers behind the law that each of its tokens was chosen from; the whole model's but for early exits.
     """
 
     tokens: tuple[int, ...]
@@ -74,6 +75,7 @@ class Round:
     draft_seconds: float
     verify_seconds: float
     finished: str = ""
+    depth: int = 0
 
 
 @dataclass
@@ -149,12 +151,12 @@ def decode_batch(target: Target, texts: Sequence[Text], verifier: Verifier | Non
     turns, drafted_at = _read_prompts(target, texts), began
     while True:
         rounds: dict[int, Round] = {}
-        cuts = [text.stopping.cut(turn.new_tokens, len(text.path.tokens), text.prompt) for text, turn in turns]
+        cuts = [text.stopping.cut(turn.new_tokens, len(text.path.tokens), text.prompt) for text, turn, _ in turns]
         drafting, verifying = drafted_at - began, time.perf_counter() - drafted_at
         layers = work.layer_calls - calls
-        for index, (text, turn), (tokens, finished) in zip(live, turns, cuts, strict=True):
+        for index, (text, turn, depth), (tokens, finished) in zip(live, turns, cuts, strict=True):
             rounds[index] = Round(
-                tuple(tokens), len(turn.draft.tokens), len(turn.nodes), layers, drafting, verifying, finished
+                tuple(tokens), len(turn.draft.tokens), len(turn.nodes), layers, drafting, verifying, finished, depth
             )
             text.path.tokens.extend(tokens)
             if text.logits is not None:
@@ -170,7 +172,8 @@ def decode_batch(target: Target, texts: Sequence[Text], verifier: Verifier | Non
         turns, drafted_at = _speculate(target, list(live.values()), verifier)
 
 
-_Turns = list[tuple[Text, Verified]]
+_Turns = list[tuple[Text, Verified, int]]
+"""Texts, what was verified of each, and the depth of its logits."""
 
 
 @torch.inference_mode()
@@ -179,7 +182,7 @@ def _read_prompts(target: Target, texts: Sequence[Text]) -> _Turns:
     for text, scored in zip(texts, target.prefill([text.prompt for text in texts]), strict=True):
         verified = verify(scored.logits, NO_DRAFT, text.path.tokens, text.sampler, VERIFIERS["token-wise"])
         text.path.rest = scored.rest
-        turns.append((text, verified))
+        turns.append((text, verified, target.layered.depth))
         if text.speculator is not None:
             text.speculator.begin(text.prompt)
     return turns
@@ -194,11 +197,11 @@ def _speculate(target: Target, texts: Sequence[Text], verifier: Verifier) -> tup
     turns: _Turns = []
     for text, draft, row in zip(texts, drafts, scored, strict=True):
         verified = verify(row.logits, draft, text.path.tokens, text.sampler, verifier)
-        turns.append((text, verified))
+        turns.append((text, verified, target.layered.depth if row.depth is None else row.depth))
         if text.speculator is not None:
             text.speculator.observe(text.path, verified)
         text.path.rest = _rest_after(row, verified)
-    target.keep([verified.nodes for _, verified in turns])
+    target.keep([verified.nodes for _, verified, _ in turns])
     return turns, drafted_at
 
 

@@ -26,10 +26,12 @@ class Scored:
     Attributes:
         logits: one row for each token of the block.
         rest: h_L of each token of the block; None where the target cannot tell.
+        depth: layers behind these logits; None for all of the model's.
     """
 
     logits: Float[Tensor, "block vocab"]
     rest: Float[Tensor, "1 block hidden"] | None
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,11 @@ class LayeredTarget(Target):
         watcher: given after every round the states of the tokens that were kept, where one text is decoded; None for
             nobody.
         widths: numbers of tokens that passes are filled up to, ascending; empty where they are as long as they must be.
+        skip: layers that no token runs.
     """
 
     widths: tuple[int, ...] = ()
+    skip: frozenset[int] = frozenset()
 
     def __init__(self, layered: LayeredModel):
         super().__init__(layered)
@@ -114,7 +118,7 @@ class LayeredTarget(Target):
         """Run prompts, the shorter filled up behind their end, where nothing looks; h_L of the last token of each."""
         longest = max(len(prompt) for prompt in prompts)
         ids = self._ids([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
-        states = self.layered.run(self.layered.plan(ids, cache))
+        states = self.layered.run(self.layered.plan(ids, cache), skip=self.skip)
         cache.commit([len(prompt) for prompt in prompts])
         return [states[row : row + 1, len(prompt) - 1 : len(prompt)] for row, prompt in enumerate(prompts)]
 

@@ -60,13 +60,15 @@ def fit_affine(
     score: Score = negative_squared_error,
     progress: Callable[[FitProgress], None] | None = None,
 ) -> FitResult[AffinePredictor]:
-    """Fit rest(t) ~ A [states(t)] + c by ridge regression: one pass over either stream.
+    """Fit rest(t) ~ A [x, features(x)] + c, x = [states(t)], by ridge regression: one pass over either stream.
+
+    With ``settings.features``, one look more at the first 16384 rows to standardise them; with 0, the map is affine.
 
     Args:
         stream: starts a pass over the chunks to fit on.
         held_out: starts a pass over other chunks, on which the strength is chosen.
         state_layers: the layers to read, ascending; usually one.
-        settings: defaults of `FitSettings` if None; ``features`` and ``steps`` are not used.
+        settings: defaults of `FitSettings` if None; ``steps`` is not used.
         score: what to maximise on held-out rows, for example acceptance computed with the model's head.
         progress: called after each block of rows.
 
@@ -80,8 +82,9 @@ def fit_affine(
         for chunk in of():
             yield states_of(chunk, state_layers).flatten(0, 1), floating(chunk.rest).flatten(0, 1)
 
-    fit = _fit_map(lambda: pairs(stream), lambda: pairs(held_out), None, settings, score, progress)
-    return _result(AffinePredictor(state_layers, fit.affine), settings.strengths, [fit])
+    features = draw_features(pairs(stream), settings) if settings.features else None
+    fit = _fit_map(lambda: pairs(stream), lambda: pairs(held_out), features, settings, score, progress)
+    return _result(AffinePredictor(state_layers, fit.affine, features=features), settings.strengths, [fit])
 
 
 def fit_monge(

@@ -147,9 +147,10 @@ class IdentityPredictor(Predictor):
 
 @dataclass(frozen=True, eq=False)
 class AffinePredictor(Predictor):
-    """rest(t) ~ A [states(t)] + c, by ridge regression: the tuned lens in closed form.
+    """rest(t) ~ A [x, relu(x R + b)] + c, x = [states(t)], by ridge regression: the tuned lens in closed form.
 
-    Usually of h_E alone; the earlier layers may be read too.
+    Usually of h_E alone; the earlier layers may be read too. Without features it is affine, with them a kernel machine;
+    either way a function of one token's own states, unlike the recurrence.
 
     Paper:
         Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens"; Din et al.
@@ -159,7 +160,9 @@ class AffinePredictor(Predictor):
     kind: ClassVar[str] = "affine"
 
     affine: AffineMap
-    """From the states of `state_layers`, side by side, to the rest state."""
+    """From [x, features(x)] (or x alone), x the states of `state_layers` side by side, to the rest state."""
+    features: RandomFeatures | None = field(default=None, kw_only=True)
+    """None for the affine map."""
 
     def predict(
         self,
@@ -167,24 +170,32 @@ class AffinePredictor(Predictor):
         previous: Float[Tensor, "*batch rest"] | None = None,
         step: int = 0,
     ) -> Float[Tensor, "*batch rest"]:
-        """The affine image of the states."""
-        return self.affine(states[0] if len(states) == 1 else torch.cat(tuple(states), -1))
+        """The image of the states."""
+        x = states[0] if len(states) == 1 else torch.cat(tuple(states), -1)
+        return self.affine(x if self.features is None else torch.cat((x, self.features(x)), -1))
 
     def parameters_read(self) -> int:
-        """The entries of the matrix."""
-        return self.affine.multiplications
+        """The entries of the matrix, and of the features'."""
+        return self.affine.multiplications + (0 if self.features is None else self.features.multiplications)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "AffinePredictor":
         """A copy on that device and in that dtype."""
-        return replace(self, affine=self.affine.to(device, dtype))
+        features = None if self.features is None else self.features.to(device, dtype)
+        return replace(self, affine=self.affine.to(device, dtype), features=features)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"matrix": self.affine.matrix, "offset": self.affine.offset}
+        own = {"matrix": self.affine.matrix, "offset": self.affine.offset}
+        if self.features is not None:
+            own |= {"features.weight": self.features.weight, "features.bias": self.features.bias}
+        return own
 
     @classmethod
     def _build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "AffinePredictor":
         affine = AffineMap(tensors["matrix"], tensors["offset"]).to()
-        return cls(tuple(config["state_layers"]), affine, name=config["name"])
+        features = None
+        if "features.weight" in tensors:
+            features = RandomFeatures(tensors["features.weight"], tensors["features.bias"]).to()
+        return cls(tuple(config["state_layers"]), affine, name=config["name"], features=features)
 
 
 @dataclass(frozen=True, eq=False)

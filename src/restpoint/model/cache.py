@@ -18,11 +18,17 @@ class Address:
         length: slots ``0 .. length-1`` are handed to attention; the mask says which of them each query sees.
         start: first of the consecutive slots written by every row, or None where rows or nodes scatter.
         slots: the slots written, one per row and query, where ``start`` is None.
+        rows: the rows of the cache that take part, where ``start`` is None; all if None.
     """
 
     length: int
     start: int | None = None
     slots: Int[Tensor, "batch query"] | None = None
+    rows: Int[Tensor, " batch"] | None = None
+
+
+class KeysWrittenError(Exception):
+    """A layer has written its keys and values, and was asked for no more."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -45,6 +51,17 @@ class SlotLayer(CacheLayerMixin):
         """Write at the current address and return the slots that attention may be shown."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._write(key_states, value_states)
+        if self.owner.only_write:
+            raise KeysWrittenError
+        keys, values = self.stored
+        address = self.owner.address
+        if address.rows is not None:
+            rows = address.rows.to(keys.device)
+            keys, values = (kept.narrow(2, 0, address.length).index_select(0, rows) for kept in (keys, values))
+        return keys.narrow(2, 0, address.length), values.narrow(2, 0, address.length)
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         keys, values = self.stored
         address = self.owner.address
         if address.start is not None:
@@ -53,11 +70,12 @@ class SlotLayer(CacheLayerMixin):
         else:
             slots = address.slots
             assert slots is not None
-            rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
             slots = slots.to(key_states.device)
-            keys[rows, :, slots] = key_states.transpose(1, 2)
-            values[rows, :, slots] = value_states.transpose(1, 2)
-        return keys.narrow(2, 0, address.length), values.narrow(2, 0, address.length)
+            rows = torch.arange(key_states.shape[0], device=key_states.device)
+            if address.rows is not None:
+                rows = address.rows.to(key_states.device)
+            keys[rows[:, None], :, slots] = key_states.transpose(1, 2)
+            values[rows[:, None], :, slots] = value_states.transpose(1, 2)
 
     @property
     def stored(self) -> tuple[Tensor, Tensor]:
@@ -120,6 +138,7 @@ class SlotCache(Cache):
         self.lengths = [0] * batch
         self.address = Address(length=0, start=0)
         self.seen = 0
+        self.only_write = False
         self.lookahead: Any = None
 
     @classmethod
@@ -130,6 +149,8 @@ class SlotCache(Cache):
         joined.lengths = [length for cache in caches for length in cache.lengths]
         joined.seen = max(cache.seen for cache in caches)
         for index, layer in enumerate(joined.slot_layers):
+            if not first.slot_layers[index].is_initialized:
+                continue  # a layer that no token runs
             sides = zip(*(cache.slot_layers[index].stored for cache in caches), strict=True)
             layer.keys, layer.values = (torch.cat(side) for side in sides)
             layer.is_initialized = True

@@ -1,6 +1,7 @@
 """A causal LM, one layer at a time, without a line of its modelling code."""
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from restpoint.errors import RestpointError
-from restpoint.model.cache import Address, SlotCache
+from restpoint.model.cache import Address, KeysWrittenError, SlotCache
 from restpoint.model.head import Head
 from restpoint.model.lookahead import Lookahead, query_axes
 from restpoint.model.masks import Layout, MaskKind, Tree, by_slot
@@ -107,20 +108,30 @@ class LayeredModel:
         ids: Int[Tensor, "batch seq"],
         cache: SlotCache | None = None,
         *,
-        offset: int = 0,
+        offset: int | Sequence[int] = 0,
         tree: Tree | Sequence[Tree] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Plan:
         """Prepare a pass over new tokens.
 
         Args:
             ids: the tokens, appended to each row of the cache; rows may have different lengths.
             cache: earlier keys and values; None for a pass over the whole sequence that keeps nothing.
-            offset: tokens already written after the cache's lengths but not committed (a draft in progress).
+            offset: tokens already written after the cache's lengths but not committed (a draft in progress); negative
+                where the pass begins with tokens that are committed and lack some of the layers. One for all rows, or
+                one for each.
             tree: the tokens are the nodes of this tree from number ``offset`` on, and its first node follows each
                 row's last token; or one such tree for each row.
+            rows: the rows of the cache that take part, ascending, and whose ``ids`` these are; all if None.
         """
         batch, count = ids.shape
-        bases = [0] * batch if cache is None else [length + offset for length in cache.lengths]
+        chosen = range(batch) if rows is None else rows
+        offsets = [offset] * batch if isinstance(offset, int) else list(offset)
+        bases = [0] * batch
+        if cache is not None:
+            bases = [cache.lengths[row] + own for row, own in zip(chosen, offsets, strict=True)]
+            if len(chosen) == cache.batch:
+                rows = None
         uniform = all(base == bases[0] for base in bases)
         trees = (tree,) * batch if isinstance(tree, Tree) else None if tree is None else tuple(tree)
         if cache is not None:
@@ -129,19 +140,20 @@ class LayeredModel:
         slots = start + torch.arange(count, device=ids.device)
         positions = slots
         if trees is not None:
-            depths = [own.depths()[offset:] for own in trees]
-            positions = start - offset + torch.tensor(depths, device=ids.device)
+            first = offsets[0]
+            depths = [own.depths()[first:] for own in trees]
+            positions = start - first + torch.tensor(depths, device=ids.device)
         layout = Layout(slots, positions, max(bases) + count, uniform, trees)
-        if cache is not None and uniform and self.plans_ahead and offset + count <= _LOOKAHEAD:
+        if cache is not None and uniform and self.plans_ahead and max(offsets[0], 0) + count <= _LOOKAHEAD:
             if trees is None:
-                return self._plan_ahead(ids, cache, layout, range(bases[0], bases[0] + count))
+                return self._plan_ahead(ids, cache, layout, range(bases[0], bases[0] + count), rows)
             if batch == 1:
-                return self._plan_ahead(ids, cache, layout, positions[0].tolist())
+                return self._plan_ahead(ids, cache, layout, positions[0].tolist(), rows)
         if cache is not None:
             cache.seen = max(bases)
         prelude = self.stack.prelude(ids, positions, cache, self._told_mask(layout))
         self._replace_masks(prelude.arguments, layout, prelude.hidden.dtype)
-        return Plan(prelude.hidden, prelude.arguments, cache, _address(layout))
+        return Plan(prelude.hidden, prelude.arguments, cache, _address(layout, rows))
 
     @torch.no_grad()
     def run(
@@ -181,6 +193,29 @@ class LayeredModel:
         return state
 
     @torch.no_grad()
+    def write_keys(self, plan: Plan, start: int, hidden: Float[Tensor, "batch seq hidden"]) -> None:
+        """Write the keys and values that layers from ``start`` on make of one and the same state; run no more of them.
+
+        Each layer is left as soon as it has handed its keys and values to the cache, before it attends to anything,
+        so this costs norms and projections, and is not counted as layers run.
+
+        Args:
+            plan: of the tokens, with a cache.
+            start: first layer.
+            hidden: the state that all of these layers are given.
+        """
+        if plan.cache is None:
+            raise RestpointError("plan: it has no cache to write keys to; plan the pass with one")
+        plan.cache.address = plan.address
+        plan.cache.only_write = True
+        try:
+            for index in range(start, self.depth):
+                with suppress(KeysWrittenError):
+                    self.stack.layers[index](hidden, **plan.arguments[index])
+        finally:
+            plan.cache.only_write = False
+
+    @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
         """Next-token logits read from states after any layer; after the last one, the model's own."""
         return self.head.logits(hidden)
@@ -194,11 +229,13 @@ class LayeredModel:
         positions = start + torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return self.stack.prelude(ids, positions, None, None).hidden
 
-    def _plan_ahead(self, ids: Tensor, cache: SlotCache, layout: Layout, positions: Sequence[int]) -> Plan:
+    def _plan_ahead(
+        self, ids: Tensor, cache: SlotCache, layout: Layout, positions: Sequence[int], rows: Sequence[int] | None
+    ) -> Plan:
         """A plan whose layer arguments are taken from those of the next positions, prepared once for many passes."""
         lookahead = cache.lookahead
         if lookahead is None or not lookahead.covers(positions):
-            first = min(cache.lengths)
+            first = min(*cache.lengths, *positions)
             ahead = torch.arange(first, first + _LOOKAHEAD, device=ids.device)[None]
             cache.seen = first
             prelude = self.stack.prelude(torch.zeros_like(ahead), ahead, cache, self._told_mask(None))
@@ -206,7 +243,7 @@ class LayeredModel:
         arguments = lookahead.arguments(positions)
         hidden = self.embed(ids)
         self._replace_masks(arguments, layout, hidden.dtype)
-        return Plan(hidden, arguments, cache, _address(layout))
+        return Plan(hidden, arguments, cache, _address(layout, rows))
 
     def _told_mask(self, layout: Layout | None) -> Tensor | None:
         """The mask given to the model's own code: a 4-D one is passed through, which saves building it."""
@@ -326,7 +363,9 @@ class LayeredModel:
         return query_axes(seen[0].arguments, seen[1].arguments, (3, 5), total)
 
 
-def _address(layout: Layout) -> Address:
+def _address(layout: Layout, rows: Sequence[int] | None) -> Address:
+    if rows is not None:
+        return Address(layout.length, slots=layout.slots, rows=torch.tensor(list(rows), device=layout.slots.device))
     if layout.uniform:
         return Address(layout.length, start=layout.length - layout.slots.shape[1])
     return Address(layout.length, slots=layout.slots)
