@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from restpoint.equilibrium.solvers.anderson import Anderson
 from restpoint.equilibrium.solvers.driver import Map, solve
@@ -45,7 +44,7 @@ def implicit(
     one more evaluation of f.
 
     The gradient is that of the fixed point which f has now: random parts of f, such as dropout, must draw the same in
-    `solve` and here. The second derivative is not available.
+    `solve` and here. Second derivatives are refused: u would be taken for a constant.
 
     Args:
         f: the map, of start's shape; rows may be coupled, J is that of all of them.
@@ -60,7 +59,8 @@ def implicit(
         f(z*), equal to z* within the tolerance of its solve.
 
     Raises:
-        RestpointError: ``gradient`` is neither of the two, or f changes the shape.
+        RestpointError: ``gradient`` is neither of the two, f changes the shape, or, from the backward pass, it is run
+            with ``create_graph``.
 
     Paper:
         Bai, Kolter, Koltun 2019, "Deep equilibrium models"; Fung et al. 2022, "JFB: Jacobian-free backpropagation for
@@ -86,9 +86,14 @@ class _Attach(torch.autograd.Function):
         return image.view_as(image)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        scale = gradient.norm()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        # Autograd would take u for a constant and give a wrong second derivative without a word.
+        if torch.is_grad_enabled():
+            raise RestpointError(
+                "create_graph is set, but implicit has no second derivative; leave it out, or use gradient='one_step'"
+            )
+        scale = gradient.abs().amax()
         # A gradient scaler wants to see what overflowed; there is nothing to solve where there is no gradient.
         if not bool(scale.isfinite()) or not bool(scale):
             return gradient, None, None, None

@@ -18,15 +18,15 @@ def spectral_radius(
     per_row: bool = True,
     seed: int = 0,
 ) -> Float[Tensor, "..."]:
-    """rho = max |lambda| over the eigenvalues of the Jacobian J of f at z, by power iteration.
+    """The spectral radius rho = max |lambda| of the Jacobian J of f at z, by power iteration.
 
     At a fixed point it says how `Picard` ends: the error shrinks by rho a step if rho < 1, and the point repels if
     rho > 1, though `Anderson` and `Broyden` may still reach it. It is no bound on a single step (that is the spectral
     norm, which is larger where J is not normal), and away from a fixed point it is a hint only.
 
     The estimate is the geometric mean of the growth factors |Jᵀ v| / |v| over the last ``window`` iterations: with a
-    complex pair of largest eigenvalues the single factors swing forever, their mean settles. It is biased by the
-    order of log(iterations) / window, to either side, and more where the second eigenvalue is as large or J is far
+    complex pair of largest eigenvalues the single factors swing forever, their mean settles. It is off by the
+    order of 1 / window, to either side, and by more where the eigenvalues that follow are nearly as large or J is far
     from normal; doubling the iterations shows by how much. The random start misses the leading direction with
     probability zero.
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,16 +17,11 @@ from restpoint.errors import RestpointError
 Map = Callable[[Float[Tensor, "*rows dim"]], Float[Tensor, "*rows dim"]]
 """f, on all rows at once and in start's shape."""
 
+RowMap = Callable[[Float[Tensor, "live dim"], Int[Tensor, " live"]], Float[Tensor, "live dim"]]
+"""f on some of the rows; the second argument says which, as indices into start with its leading axes flattened."""
+
 _FALLBACKS = 8
 """Returns to one best point, each with half the step of the one before, after which a row has diverged."""
-
-
-class RowMap(Protocol):
-    """f on some of the rows: ``rows`` says which, as indices into start with its leading axes flattened."""
-
-    def __call__(
-        self, value: Float[Tensor, "live dim"], rows: Int[Tensor, " live"]
-    ) -> Float[Tensor, "live dim"]: ...
 
 
 def solve(
@@ -65,8 +60,7 @@ def solve(
             ones at the values that they keep.
 
     Raises:
-        RestpointError: an argument is out of range, start is not finite or has no axis of coordinates, or f returns
-            another shape.
+        RestpointError: an argument is out of range, start is not finite, or f returns another shape.
     """
     method = Anderson() if method is None else method
     require("tolerance", tolerance, 0 < tolerance < math.inf, "positive and finite, such as 1e-4")
@@ -74,8 +68,6 @@ def solve(
     if check_every is None:
         check_every = 1 if start.device.type == "cpu" else 4
     require("check_every", check_every, check_every >= 1, "at least 1, such as 4; 1 stops soonest")
-    if start.dim() == 0 or not start.is_floating_point():
-        raise RestpointError(f"start is {tuple(start.shape)} of {start.dtype}; give real rows of coordinates")
     if not bool(start.isfinite().all()):
         raise RestpointError("start holds values that are not finite; give zeros or another finite first point")
     with torch.no_grad():
@@ -111,8 +103,8 @@ class _Run:
         self.f, self.method, self.tolerance, self.row_aware = f, method, tolerance, row_aware
         self.shape, self.dtype = start.shape, start.dtype
         # What f is called with where it wants all rows; written to only where rows differ from it.
-        self.board = start.reshape(-1, start.shape[-1]).clone()
-        value = self.board.to(torch.promote_types(start.dtype, torch.float32))
+        self.board = start.reshape(start.shape[:-1].numel(), start.shape[-1]).clone()
+        value = self.board.to(torch.promote_types(start.dtype, torch.float32), copy=True)
         count = value.shape[0]
         whole = torch.zeros(count, dtype=torch.int64, device=value.device)
         far = value.new_full((count,), math.inf)
@@ -200,17 +192,20 @@ class _Run:
         self.evaluations += 1
         self.row_evaluations += live.rows.shape[0] if self.row_aware else self.board.shape[0]
         if self.row_aware:
-            image = self.f(value, live.rows)  # pyright: ignore[reportCallIssue]
+            image = cast(RowMap, self.f)(value, live.rows)
             expected = value.shape
         else:
             if not everywhere:
                 self.board[live.rows] = value
-            image = self.f((value if everywhere else self.board).view(self.shape))  # pyright: ignore[reportCallIssue]
+            image = cast(Map, self.f)((value if everywhere else self.board).view(self.shape))
             expected = self.shape
         if image.shape != expected:
             raise RestpointError(f"f maps {tuple(expected)} to {tuple(image.shape)}; it must keep the shape")
-        image = image.to(live.value.dtype).reshape(-1, value.shape[-1])
-        return image if self.row_aware or everywhere else image[live.rows]
+        image = image.to(live.value.dtype)
+        if self.row_aware:
+            return image
+        image = image.reshape(self.board.shape)
+        return image if everywhere else image[live.rows]
 
     def _look(self, relative: Float[Tensor, " live"]) -> None:
         """The one place that waits for the device: record, and drop the rows that are done."""
