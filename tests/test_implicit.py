@@ -164,6 +164,8 @@ def test_wrong_arguments_are_named():
         implicit(lambda z: z[:1], torch.zeros(2, 3))
     with pytest.raises(RestpointError, match=r"^f maps"):
         spectral_radius(lambda z: z[:1], torch.zeros(2, 3))
+    with pytest.raises(RestpointError, match=r"^tolerance is -1.0"):
+        Adjoint(tolerance=-1.0)
     with pytest.raises(RestpointError, match=r"^f gives a result without a graph"):
         spectral_radius(lambda z: z.detach(), torch.zeros(2, 3))
     with pytest.raises(RestpointError, match=r"^iterations is 0"):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fixed_points import affine, tanh_layer
+from fixed_points import Affine, affine, tanh_layer
 from restpoint.equilibrium import Anderson, Broyden, Picard, Status, solve
 from restpoint.errors import RestpointError
 
@@ -296,6 +297,34 @@ def test_half_precision_maps_are_solved_to_their_rounding(method):
     torch.testing.assert_close(found.residual, residual)
 
 
+class HostReads(TorchDispatchMode):
+    """Counts the operations that wait for a device."""
+
+    waiting = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        indices = args[1] if func.overloadpacket.__name__ in ("index", "index_put_") else ()
+        masks = any(index is not None and index.dtype == torch.bool for index in indices)
+        self.count += masks or func.overloadpacket.__name__ in self.waiting
+        return func(*args, **(kwargs or {}))
+
+
+@BY_NAME
+@pytest.mark.parametrize("row_aware", [False, True])
+def test_the_device_is_waited_for_only_where_the_driver_looks(method, row_aware):
+    f = uneven if row_aware else lambda z: uneven(z, torch.arange(9))
+    with HostReads() as reads:
+        found = solve(f, torch.zeros(9, 5), method, tolerance=1e-5, max_steps=200, check_every=5, row_aware=row_aware)
+    assert found.evaluations >= 10
+    shrinking = sum(check.live < check.rows for check in found.trace)
+    # A look reads three numbers of one tensor, and finds the rows that go on where some are done; one more for start.
+    assert reads.count <= 3 * len(found.trace) + shrinking + 1
+
+
 def test_no_graph_is_recorded():
     weight = torch.full((4, 4), 0.1, requires_grad=True)
     found = solve(lambda z: torch.tanh(z @ weight) + 1, torch.zeros(2, 4, requires_grad=True))
@@ -344,8 +373,12 @@ def test_no_more_evaluations_than_torchdeq():
         found = solve(f, start, Anderson(), tolerance=1e-6, max_steps=400)
         value, _, _ = get_solver("anderson")(seen, start, max_iter=400, tol=1e-6, stop_mode="rel")
         assert bool(found.converged.all())
-        if bool(((f(value) - value).norm(dim=-1) <= 1e-6 * value.norm(dim=-1)).all()):
-            torch.testing.assert_close(found.value, value, rtol=1e-2, atol=1e-3)
+        gaps = (f(value) - value).norm(dim=-1), (f(found.value) - found.value).norm(dim=-1)
+        apart = (found.value - value).norm(dim=-1)
+        if isinstance(f, Affine):  # exact, also where theirs did not converge
+            assert bool((apart <= f.error_bound(gaps[0] + gaps[1]) * (1 + 1e-6)).all())
+        else:
+            assert bool((apart <= 30 * (gaps[0] + gaps[1])).all())
         ours.append(found.evaluations)
         theirs.append(len(seen.points))
     assert statistics.median(ours) <= statistics.median(theirs)

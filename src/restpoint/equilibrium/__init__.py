@@ -1,11 +1,11 @@
 """Predictors of the rest state and their closed-form fits; solvers of f(z) = z: pure tensors, no model."""
 
 from restpoint.equilibrium.affine import AffineMap
+from restpoint.equilibrium.differentiation import Adjoint, implicit
 from restpoint.equilibrium.features import RandomFeatures
 from restpoint.equilibrium.fitting import FitResult, fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.gram import GramAccumulator, Moments
 from restpoint.equilibrium.heads import MultiTokenHeads, fit_heads
-from restpoint.equilibrium.implicit import Adjoint, implicit
 from restpoint.equilibrium.predictors import (
     AffinePredictor,
     IdentityPredictor,

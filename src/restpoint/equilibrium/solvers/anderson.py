@@ -80,9 +80,9 @@ class Anderson(Method[Mixing]):
         state.changes[:, slot] = change
         state.moves[:, slot] = move + self.damping * change
         state.holds[:, slot] = ~forget
-        products = state.changes @ torch.stack((change, difference), -1)
-        state.gram[:, slot] = state.gram[:, :, slot] = products[..., 0]
-        weights = self._weights(state, products[..., 1])
+        products = torch.stack((change, difference), 1) @ state.changes.mT
+        state.gram[:, slot] = state.gram[:, :, slot] = products[:, 0]
+        weights = self._weights(state, products[:, 1])
         return plain - (weights.unsqueeze(1) @ state.moves).squeeze(1)
 
     def _weights(self, state: Mixing, target: Float[Tensor, "rows window"]) -> Float[Tensor, "rows window"]:

@@ -70,11 +70,10 @@ class Broyden(Method[InverseJacobian]):
         if slot == 0:
             state.holds[:] = False  # full: start again, knowing the last step only
         filled = min(state.count - 1, self.memory)
-        lefts, rights, holds = state.left[:, :filled], state.right[:, :filled], state.holds[:, :filled, None]
-        seen_by = (rights @ torch.stack((change, difference), -1)) * holds
-        carried = seen_by.mT @ lefts  # sum_i u_i (v_i . dg), and of g
-        along = (lefts @ move.unsqueeze(-1)) * holds
-        row = (along.mT @ rights).squeeze(1) - self.damping * move  # dzᵀ H
+        lefts, rights, holds = state.left[:, :filled], state.right[:, :filled], state.holds[:, None, :filled]
+        carried = ((torch.stack((change, difference), 1) @ rights.mT) * holds) @ lefts  # sum_i u_i (v_i . dg), and of g
+        along = (move.unsqueeze(1) @ lefts.mT) * holds
+        row = (along @ rights).squeeze(1) - self.damping * move  # dzᵀ H
         # Along a direction that the update cannot see, the division would only amplify rounding: skip it.
         slope = (row * change).sum(-1, keepdim=True)
         seen = slope.abs() > torch.finfo(slope.dtype).eps ** 0.5 * row.norm(dim=-1, keepdim=True) * change.norm(

@@ -63,15 +63,20 @@ def solve(
         RestpointError: an argument is out of range, start is not finite, or f returns another shape.
     """
     method = Anderson() if method is None else method
-    require("tolerance", tolerance, 0 < tolerance < math.inf, "positive and finite, such as 1e-4")
-    require("max_steps", max_steps, max_steps >= 1, "at least 1, such as 50")
+    require_settings(tolerance, max_steps, check_every)
     if check_every is None:
         check_every = 1 if start.device.type == "cpu" else 4
-    require("check_every", check_every, check_every >= 1, "at least 1, such as 4; 1 stops soonest")
     if not bool(start.isfinite().all()):
         raise RestpointError("start holds values that are not finite; give zeros or another finite first point")
     with torch.no_grad():
         return _Run(f, start.detach(), method, tolerance, row_aware).to_the_end(max_steps, check_every)
+
+
+def require_settings(tolerance: float, max_steps: int, check_every: int | None) -> None:
+    """Refuse arguments of `solve` that are out of range."""
+    require("tolerance", tolerance, 0 < tolerance < math.inf, "positive and finite, such as 1e-4")
+    require("max_steps", max_steps, max_steps >= 1, "at least 1, such as 50")
+    require("check_every", check_every, check_every is None or check_every >= 1, "at least 1, such as 4, or None")
 
 
 @dataclass(eq=False)

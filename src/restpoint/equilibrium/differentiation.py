@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from restpoint.equilibrium.solvers.anderson import Anderson
-from restpoint.equilibrium.solvers.driver import Map, solve
+from restpoint.equilibrium.solvers.driver import Map, require_settings, solve
 from restpoint.equilibrium.solvers.method import Method
 from restpoint.equilibrium.solvers.solution import Solution
 from restpoint.errors import RestpointError
@@ -17,12 +17,19 @@ from restpoint.errors import RestpointError
 
 @dataclass(frozen=True)
 class Adjoint:
-    """How the backward pass solves u = Jᵀ u + g; the fields are arguments of `solve`."""
+    """How the backward pass solves u = Jᵀ u + g; the fields are arguments of `solve`.
+
+    Raises:
+        RestpointError: one of them is out of range.
+    """
 
     method: Method = field(default_factory=Anderson)
     tolerance: float = 1e-4
     max_steps: int = 50
     check_every: int | None = None
+
+    def __post_init__(self) -> None:
+        require_settings(self.tolerance, self.max_steps, self.check_every)
 
 
 def implicit(
