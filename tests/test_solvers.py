@@ -2,6 +2,7 @@ import itertools
 import math
 import statistics
 import warnings
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixed_points import Affine, affine, tanh_layer
-from restpoint.equilibrium import Anderson, Broyden, Picard, Status, solve
+from restpoint.equilibrium import Anderson, Broyden, Method, Picard, Status, solve
+from restpoint.equilibrium.solvers.method import State
 from restpoint.errors import RestpointError
 
 METHODS = [Picard(), Anderson(), Broyden()]
@@ -98,22 +100,61 @@ def test_anderson_takes_the_steps_of_the_least_squares_formula():
     np.testing.assert_allclose(torch.cat(seen.points).numpy(), np.stack(points), atol=1e-7)
 
 
-def test_broyden_takes_the_steps_of_the_dense_update():
+@pytest.mark.parametrize("memory", [1, 4, 30])
+def test_broyden_takes_the_steps_of_the_dense_update(memory):
     f = tanh_layer(0.9, rows=1)
     seen = Recorder(f)
-    solve(seen, torch.zeros(1, 24).double(), Broyden(safeguard=math.inf), tolerance=1e-12, max_steps=15)
+    solve(seen, torch.zeros(1, 24).double(), Broyden(memory=memory, safeguard=math.inf), tolerance=1e-12, max_steps=15)
     inverse, z = -np.eye(24), np.zeros(24)
     g = f(torch.from_numpy(z)[None])[0].numpy() - z
     points = [z]
-    for _ in range(14):
+    for step in range(14):
         new = z - inverse @ g
         change = f(torch.from_numpy(new)[None])[0].numpy() - new - g
         move = new - z
+        if step % memory == 0:
+            inverse = -np.eye(24)
         row = move @ inverse
         inverse = inverse + np.outer(move - inverse @ change, row) / (row @ change)
         z, g = new, g + change
         points.append(z)
     np.testing.assert_allclose(torch.cat(seen.points).numpy(), np.stack(points), atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [Anderson(damping=0.7), Broyden(damping=0.7)], ids=["Anderson", "Broyden"])
+def test_rows_that_forget_go_on_as_if_they_had_just_begun(method):
+    f = tanh_layer(0.9, rows=2)
+    z = torch.randn(2, 24).double()
+    state, never = method.init(z), torch.zeros(2, dtype=torch.bool)
+    for _ in range(5):
+        z = method.step(state, z, f(z) - z, never)
+    z[1] = torch.randn(24)
+    onwards = method.step(state, z, f(z) - z, torch.tensor([False, True]))
+    plain = z + 0.7 * (f(z) - z)
+    torch.testing.assert_close(onwards[1], plain[1])
+    assert not torch.allclose(onwards[0], plain[0], rtol=1e-3)
+    fresh = method.init(z)
+    method.step(fresh, z, f(z) - z, never)
+    for _ in range(3):
+        z, difference = onwards, f(onwards) - onwards
+        onwards, anew = method.step(state, z, difference, never), method.step(fresh, z, difference, never)
+        torch.testing.assert_close(onwards[1], anew[1])
+        assert not torch.allclose(onwards[0], anew[0], rtol=1e-6)
+
+
+def test_anderson_takes_plain_steps_where_the_small_system_cannot_be_solved():
+    method = Anderson(window=2)
+    z, never = torch.randn(2, 3), torch.zeros(2, dtype=torch.bool)
+    state = method.init(z)
+    for step in range(3):
+        z = method.step(state, z, torch.randn(2, 3), never)
+        state.gram[0] += 10.0 * (1 - torch.eye(2)) * step  # row 0: what overflow or rounding might leave, indefinite
+    difference = torch.randn(2, 3)
+    state.holds[:] = True
+    weights = method._weights(state, torch.randn(2, 2))
+    assert weights[0].tolist() == [0.0, 0.0]
+    assert bool(weights[1].all())
+    assert bool(method.step(state, z, difference, never).isfinite().all())
 
 
 def test_affine_maps_take_as_many_steps_as_theory_says():
@@ -253,6 +294,32 @@ def test_rows_that_never_are_finite_leave_the_others_alone(method):
     assert found.steps[1] == 1
     clean = solve(f, torch.ones(3, 16).double(), method, max_steps=200)
     torch.testing.assert_close(found.value[[0, 2]], clean.value[[0, 2]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stumbling(Method[State]):
+    """Picard, but for one point that is not finite, in row 0 at the third step."""
+
+    calls: list[int] = field(default_factory=lambda: [0])
+
+    def init(self, value):
+        return State()
+
+    def step(self, state, value, difference, forget):
+        self.calls[0] += 1
+        proposal = value + difference
+        if self.calls[0] == 3:
+            proposal[0, 0] = math.inf
+        return proposal
+
+
+def test_f_is_not_called_at_points_that_are_not_finite():
+    f = affine("symmetric", 0.5)
+    seen = Recorder(f)
+    found = solve(seen, torch.zeros_like(f.offset), Stumbling())
+    assert bool(found.converged.all())
+    assert bool(torch.stack(seen.points).isfinite().all())
+    torch.testing.assert_close(seen.points[3][0], (seen.points[2] + f(seen.points[2]))[0] / 2)  # half a step instead
 
 
 # --- the record ---
