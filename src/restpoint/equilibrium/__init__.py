@@ -1,6 +1,7 @@
-"""Predictors of the rest state and the streaming, closed-form fits behind them: pure tensors, no model."""
+"""Predictors of the rest state and their closed-form fits; solvers of f(z) = z: pure tensors, no model."""
 
 from restpoint.equilibrium.affine import AffineMap
+from restpoint.equilibrium.differentiation import Adjoint, implicit
 from restpoint.equilibrium.features import RandomFeatures
 from restpoint.equilibrium.fitting import FitResult, fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.gram import GramAccumulator, Moments
@@ -13,28 +14,48 @@ from restpoint.equilibrium.predictors import (
     RestPointRecurrence,
 )
 from restpoint.equilibrium.ridge import solve_ridge, solve_ridge_path
+from restpoint.equilibrium.solvers.anderson import Anderson
+from restpoint.equilibrium.solvers.broyden import Broyden
+from restpoint.equilibrium.solvers.driver import Map, RowMap, solve
+from restpoint.equilibrium.solvers.method import Method
+from restpoint.equilibrium.solvers.picard import Picard
+from restpoint.equilibrium.solvers.solution import Check, Solution, Status
+from restpoint.equilibrium.spectral import spectral_radius
 from restpoint.equilibrium.streaming import Chunk, FitProgress, FitSettings, negative_squared_error
 
 __all__ = [
+    "Adjoint",
     "AffineMap",
     "AffinePredictor",
+    "Anderson",
+    "Broyden",
+    "Check",
     "Chunk",
     "FitProgress",
     "FitResult",
     "FitSettings",
     "GramAccumulator",
     "IdentityPredictor",
+    "Map",
+    "Method",
     "Moments",
     "MongePredictor",
     "MultiTokenHeads",
+    "Picard",
     "Predictor",
     "RandomFeatures",
     "RestPointRecurrence",
+    "RowMap",
+    "Solution",
+    "Status",
     "fit_affine",
     "fit_heads",
     "fit_monge",
     "fit_recurrence",
+    "implicit",
     "negative_squared_error",
+    "solve",
     "solve_ridge",
     "solve_ridge_path",
+    "spectral_radius",
 ]
