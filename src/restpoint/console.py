@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -76,19 +76,54 @@ def counted(items: Iterable[Item], what: str) -> Iterable[Item]:
     return track(items, what, console=console, disable=not console.is_terminal)
 
 
-def write_pieces(pieces: Iterable["Piece"]) -> list["Round"]:
-    """Write text to standard output as it comes, and return the rounds that it came from."""
+def write_pieces(pieces: Iterable["Piece"], depth: int | None = None) -> list["Round"]:
+    """Write text to standard output as it comes, and return the rounds that it came from.
+
+    Args:
+        pieces: the text.
+        depth: of the model, to colour text by the share of it that each token took, on a terminal; None for no colours.
+    """
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    console = Console(highlight=False)
     rounds: list[Round] = []
     for piece in pieces:
-        sys.stdout.write(piece.text)
+        if depth is None or not console.is_terminal:
+            sys.stdout.write(piece.text)
+        else:
+            console.print(Text(piece.text, style=_depth_style(piece.round.depth, depth)), end="", soft_wrap=True)
         sys.stdout.flush()
         rounds.append(piece.round)
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if depth is not None:
+        _say_depths(rounds, depth)
     return rounds
+
+
+_SHALLOW_TO_DEEP = ("bright_blue", "bright_cyan", "bright_green", "bright_yellow", "bright_red")
+
+
+def _depth_style(layers: int, depth: int) -> str:
+    """Cold colours for tokens that stopped early, none for those that took all layers."""
+    if layers >= depth:
+        return ""
+    return _SHALLOW_TO_DEEP[min(len(_SHALLOW_TO_DEEP) * layers // depth, len(_SHALLOW_TO_DEEP) - 1)]
+
+
+def _say_depths(rounds: Sequence["Round"], depth: int) -> None:
+    """How many tokens took how many layers, on standard error, in the colours of the text."""
+    counts: Counter[int] = Counter()
+    for turn in rounds:
+        counts[turn.depth] += len(turn.tokens)
+    told = Text("tokens by layers: ")
+    for layers in sorted(counts):
+        told.append(f"{layers}", style=_depth_style(layers, depth))
+        told.append(f": {counts[layers]}  ")
+    mean = sum(layers * count for layers, count in counts.items()) / counts.total()
+    told.append(f"(mean {mean:.1f} of {depth})")
+    Console(stderr=True, highlight=False).print(told)
 
 
 def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
@@ -98,7 +133,11 @@ def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
     seen = Statistics.of(rounds)
     depth = decoder.layered.depth
     lengths = Counter(len(turn.tokens) for turn in rounds[1:])
-    chosen = "plain" if decoder.drafting is None else "drafts by " + ", ".join(decoder.drafting.names)
+    chosen = "plain"
+    if decoder.exits is not None:
+        chosen = "early exits"
+    elif decoder.drafting is not None:
+        chosen = "drafts by " + ", ".join(decoder.drafting.names)
     lines = [
         f"{seen.new_tokens} new tokens in {seen.passes} passes after the prompt's ({chosen}); "
         f"ended by {rounds[-1].finished}",

@@ -17,6 +17,7 @@ from restpoint.decode.target import LayeredTarget, NativeTarget, Target
 from restpoint.decode.verifiers.registry import verifier as named_verifier
 from restpoint.drafting import Maker, drafting_for
 from restpoint.errors import RestpointError
+from restpoint.exit.policy import ExitPolicy
 from restpoint.generation import Generation, Piece, Words
 from restpoint.model.check import Capabilities, check
 from restpoint.model.compiled import CompiledModel, Progress
@@ -53,7 +54,7 @@ class Decoder:
     """A loaded model, taken apart into layers, with those who draft for it.
 
     Output is the model's own: greedy text is identical to plain decoding, sampled text follows the same law. A
-    family that cannot verify drafts is decoded plainly, and ``notes`` says why.
+    family that cannot verify drafts is decoded plainly, and ``notes`` says why. Only with ``exits`` may text differ.
 
     Args:
         loaded: model and tokenizer.
@@ -67,6 +68,8 @@ class Decoder:
         compile: decode single texts in compiled passes. Compiling takes a while, and less the next time; give a
             :class:`CompiledModel` to share one that is compiled. Batches are decoded without it.
         progress: told of every step of a compilation.
+        exits: exit early: as the profile was calibrated to (True), or by this policy. Tokens may then differ from the
+            model's own, as rarely as the policy's certificate says; nobody drafts.
 
     Raises:
         RestpointError: the profile belongs to another model, a name is unknown, the model has no layers that could
@@ -85,15 +88,19 @@ class Decoder:
         share: bool = False,
         compile: "bool | CompiledModel" = False,
         progress: Progress | None = None,
+        exits: "bool | ExitPolicy" = False,
     ):
         if profile is not None:
             profile.require(loaded)
+        if exits is not False:
+            drafters = _alone(drafters, brought, compile)
         self.loaded = loaded
         shared = None if isinstance(compile, bool) else compile
         self.layered = LayeredModel(loaded.model) if shared is None else shared.layered
         self.capabilities: Capabilities = check(self.layered)
         self.compiled = self._compile(progress) if compile is True else shared
         self.profile = profile
+        self.exits = self._exits(exits)
         self.verifier = named_verifier(verifier)
         names = DRAFTERS if drafters is None and profile is not None else tuple(drafters or ())
         self.drafting, self.notes = drafting_for(
@@ -107,6 +114,8 @@ class Decoder:
             share,
             self._single,
         )
+        if self.exits is not None:
+            self.notes = [*self.notes, _said(self.exits)]
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that its tokenizer adds.
@@ -180,12 +189,35 @@ class Decoder:
 
     def _target(self, rows: int = 1) -> Target:
         """A cache of its own for each text: several streams may be read in turn."""
+        if self.exits is not None:
+            return self.exits.target(self.layered)
         if not self.capabilities.drafts:
             return NativeTarget(self.layered)
         return self._single() if rows == 1 else LayeredTarget(self.layered)
 
     def _single(self) -> LayeredTarget:
         return LayeredTarget(self.layered) if self.compiled is None else CompiledTarget(self.compiled)
+
+    def unfamiliar(self, prompt: str | list[int]) -> str | None:
+        """With exits: a warning where a prompt looks unlike what they were calibrated on; None where it does not."""
+        if self.exits is None:
+            return None
+        return self.exits.unfamiliar(self.layered, self.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def _exits(self, asked: "bool | ExitPolicy") -> ExitPolicy | None:
+        if asked is False:
+            return None
+        policy = asked if isinstance(asked, ExitPolicy) else None if self.profile is None else self.profile.exits
+        if policy is None:
+            raise RestpointError(
+                "exits: the profile has none; calibrate some with: restpoint calibrate MODEL --profile FOLDER"
+            )
+        needed = {name: getattr(self.capabilities, name) for name in ("depth", "exit", "cached", "resume", "rollback")}
+        for name, found in needed.items():
+            if not found.supported:
+                raise RestpointError(f"exits: this model cannot exit early ({name}: {found.reason}); decode it plainly")
+        policy.target(self.layered)
+        return policy
 
     def _compile(self, progress: Progress | None) -> CompiledModel:
         if not self.capabilities.drafts:
@@ -232,6 +264,24 @@ def _refuse_unknown(options: TextOptions) -> None:
         if name in {one.name for one in fields(SamplingSettings)}:
             raise RestpointError(f"{name}: it belongs to the sampling; give sampling=SamplingSettings({name}=..)")
         raise RestpointError(f"{name}: there is no such option; there are {', '.join(known)}")
+
+
+def _alone(
+    drafters: Sequence[str] | None, brought: Mapping[str, Maker] | None, compile: "bool | CompiledModel"
+) -> tuple[str, ...]:
+    """Nobody drafts where tokens exit early."""
+    if drafters or brought:
+        raise RestpointError("exits: early exits and drafters exclude each other; give one of them")
+    if compile is not False:
+        raise RestpointError("exits: compiled passes run all layers; leave compile or exits out")
+    return ()
+
+
+def _said(policy: ExitPolicy) -> str:
+    """What is promised of exits, for the notes."""
+    if policy.certificate is None:
+        return "early exits without a certificate: nothing is promised of the text"
+    return f"early exits: {policy.certificate.promise}; greedy decoding only"
 
 
 def inference_threads(count: int | None) -> None:

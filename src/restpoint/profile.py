@@ -20,12 +20,14 @@ from restpoint.decode.costs import Costs
 from restpoint.equilibrium.heads import MultiTokenHeads
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError
+from restpoint.exit.policy import ExitPolicy
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.load import Loaded
 
 _FORMAT = 2
 _JSON, _TENSORS = "profile.json", "profile.safetensors"
 _HEADS = "heads"
+_EXITS = "exits"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Profile:
         heads: predicts the rest states of several positions at once; None where it was not asked for.
         measured: how well each predictor does.
         fitted_on: options, number of tokens and hash of the text.
+        exits: how the model exits early, calibrated or not; None where that was not asked for.
     """
 
     fingerprint: str
@@ -94,6 +97,7 @@ class Profile:
     heads: MultiTokenHeads | None = None
     measured: tuple[Measured, ...] = ()
     fitted_on: Mapping[str, Any] = field(default_factory=dict)
+    exits: ExitPolicy | None = None
 
     def require(self, loaded: Loaded) -> None:
         """Refuse a model that this profile was not fitted to.
@@ -125,6 +129,10 @@ class Profile:
             tensors |= {f"{_HEADS}/{key}": value.to(torch.bfloat16) for key, value in own.items()}
         if self.vocabulary is not None:
             tensors["vocabulary"] = self.vocabulary
+        exits = None
+        if self.exits is not None:
+            exits, own = self.exits.state()
+            tensors |= {f"{_EXITS}/{key}": value for key, value in own.items()}
         content = _content_hash(tensors)
         described = {
             "format": _FORMAT,
@@ -137,6 +145,7 @@ class Profile:
             "costs": asdict(self.costs),
             "measured": [asdict(row) for row in self.measured],
             "fitted_on": dict(self.fitted_on),
+            "exits": exits,
             "tensors_sha256": content,
         }
         temporary = folder / f".{_TENSORS}.tmp"
@@ -192,6 +201,9 @@ class Profile:
                 else MultiTokenHeads.from_state(described["heads"], _under(_HEADS, tensors)).to(dtype=torch.float32),
                 measured=tuple(Measured(**row) for row in described["measured"]),
                 fitted_on=described["fitted_on"],
+                exits=None
+                if described.get("exits") is None  # profiles of before there were exits have no such entry
+                else ExitPolicy.from_state(described["exits"], _under(_EXITS, tensors)),
             )
         except (KeyError, TypeError) as error:
             raise RestpointError(f"profile: {folder} lacks {error}; fit it again") from error

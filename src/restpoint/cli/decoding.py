@@ -45,6 +45,9 @@ class DraftFlags:
     """Verify this many drafted tokens in every round; decided round by round if left out."""
     verifier: Name = None
     """How drafts are verified when tokens are sampled: token-wise, block, k-seq, recursive, optimal, traversal."""
+    exit: Flag = False
+    """Exit early as the profile is calibrated to, instead of drafting: the text may differ, as rarely as the
+    certificate says (see `restpoint calibrate`)."""
 
     def decoder(self, loaded: "Loaded", profile: "Profile | None", loading: LoadFlags) -> "Decoder":
         """The model with those who draft for it."""
@@ -54,6 +57,8 @@ class DraftFlags:
         from restpoint.drafting import PREDICTOR, retrieve_from, skip_layers
         from restpoint.generate import DEFAULT_VERIFIER, DRAFTERS, Decoder
 
+        if self.exit:
+            return Decoder(loaded, profile, self.drafters, compile=self.compile, exits=True)
         names = self.drafters or (DRAFTERS if profile is not None else ())
         brought = {}
         if self.draft_model is not None and self.skip_layers:
@@ -168,6 +173,8 @@ class Generate:
     """Go on after the model's end token."""
     stats: Flag = False
     """Say on standard error what the text cost: accepted lengths, layers, seconds."""
+    show_depth: Flag = False
+    """Colour every token by the layers that it took."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     drafting: DraftFlags = field(default_factory=DraftFlags)
     loading: LoadFlags = field(default_factory=LoadFlags)
@@ -178,8 +185,9 @@ class Generate:
         model, prompt = model_and_prompt(words, self.prompt_file)
         profile = profile_for(model, self.profile, self.plain)
         decoder = self.drafting.decoder(self.loading.load(model), profile, self.loading)
-        for note in decoder.notes:
-            console.say(note)
+        for note in (*decoder.notes, decoder.unfamiliar(prompt)):
+            if note:
+                console.say(note)
         rounds = console.write_pieces(
             decoder.stream(
                 prompt,
@@ -188,7 +196,8 @@ class Generate:
                 stop=self.stop,
                 ignore_end=self.ignore_end,
                 draft_tokens=self.drafting.draft_tokens,
-            )
+            ),
+            depth=decoder.layered.depth if self.show_depth else None,
         )
         if rounds[-1].finished == "context":
             console.say(f"stopped: the model's context of {decoder.loaded.context_length} tokens is full")
