@@ -245,7 +245,7 @@ def test_layer_skipping_is_the_model_without_these_layers() -> None:
     layered = layered_model("llama")
     rule = LayerSkipRule(4 / 3)
     assert rule.skipped(4) == {1}
-    assert LayerSkipRule(2).skipped(16) == frozenset(range(16)) - {0, 2, 4, 6, 9, 11, 13, 15}
+    assert LayerSkipRule(2.0).skipped(16) == frozenset(range(16)) - {0, 2, 4, 6, 9, 11, 13, 15}
     written = write(ExitTarget(layered, rule, Readout(layered)), PROMPTS)
     shorter = build("llama")
     shorter.model.layers = torch.nn.ModuleList(layer for index, layer in enumerate(shorter.model.layers) if index != 1)
@@ -340,7 +340,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         (r"^first is 3 and last 4", lambda: PositionRule(3, 4)),
         (r"^first is 5, and the model has 4", lambda: ExitTarget(layered, PositionRule(5, 2), readout)),
         (r"^speed is 0.5", lambda: LayerSkipRule(0.5)),
-        (r"^speed is 4: of 4 layers", lambda: ExitTarget(layered, LayerSkipRule(4), readout)),
+        (r"^speed is 4.0: of 4 layers", lambda: ExitTarget(layered, LayerSkipRule(4.0), readout)),
         (r"^rule: 'other' is unknown", lambda: Rule.from_described({"kind": "other"})),
         (r"^signal: 'other' is unknown", lambda: Signal.from_state({"kind": "other"}, {})),
     ):
