@@ -1,0 +1,258 @@
+"""Calibrate early exits: fit, choose, certify, and write the rule with its certificate into the profile."""
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+
+from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
+from restpoint.calibrate.options import CalibrateOptions
+from restpoint.calibrate.passages import Passages, deal
+from restpoint.calibrate.tuning import Tuning
+from restpoint.equilibrium.fitting import fit_affine
+from restpoint.equilibrium.predictors import Predictor
+from restpoint.equilibrium.streaming import Chunk, FitSettings
+from restpoint.errors import RestpointError
+from restpoint.exit.choice import LayerChoice
+from restpoint.exit.losses import Loss
+from restpoint.exit.losses import loss as named_loss
+from restpoint.exit.names import named
+from restpoint.exit.policy import Certificate, ExitPolicy, readers_hash, rounded
+from restpoint.exit.registry import FITTED, SIGNALS
+from restpoint.exit.risk import RiskControl, Selection, minimum_sequences, select
+from restpoint.exit.rules import CatchUp, ThresholdRule
+from restpoint.exit.shift import ShiftMonitor
+from restpoint.exit.view import Readout
+from restpoint.fit.options import FitOptions
+from restpoint.fit.recording import record
+from restpoint.model.check import check
+from restpoint.model.fingerprint import fingerprint
+from restpoint.model.layered import LayeredModel
+from restpoint.model.load import Loaded
+from restpoint.profile import Profile
+
+Progress = Callable[[str, int, int], None]
+
+_DEPTHS = (1 / 4, 1 / 2, 5 / 8, 11 / 16, 3 / 4, 13 / 16)
+"""Shares of the depth where exits are considered, unless layers are given."""
+_OWN = 0.3
+"""Share of the text fitted on that the model writes itself."""
+
+
+@dataclass(frozen=True)
+class CalibrateReport:
+    """A finished calibration.
+
+    Attributes:
+        profile: what was written; its exits have a certificate only where a threshold qualified.
+        policy: the exits that were certified, or the safest that were tried.
+        selection: what the tests came to.
+        choice: layers and threshold that the tuning text suggested, with the expected speed.
+        thresholds: that were decoded with, from safe to fast.
+        mean_losses: of each.
+        layers_per_token: of each, run for a new token, in batches.
+        sources: documents that the certified texts come from.
+    """
+
+    profile: Profile
+    policy: ExitPolicy
+    selection: Selection
+    choice: LayerChoice
+    thresholds: tuple[float, ...]
+    mean_losses: tuple[float, ...]
+    layers_per_token: tuple[float, ...]
+    sources: int
+
+
+def calibrate(
+    loaded: Loaded,
+    texts: Iterable[str],
+    profile: Profile,
+    options: CalibrateOptions | None = None,
+    output: Path | str = "profile",
+    progress: Progress | None = None,
+    loss: Loss | None = None,
+) -> CalibrateReport:
+    """Calibrate early exits of a model and write them into a profile.
+
+    Documents are dealt out three ways. On some, predictors of the rest state are fitted. On others the model writes
+    text of its own, on which the signal is fitted, the layers are chosen by expected speed, and thresholds from safe to
+    fast are named. The third part certifies: every threshold in turn *decodes* with exits for real, each token is held
+    against the full model after the same prefix, and testing stops at the first threshold that fails.
+
+    Args:
+        loaded: model and tokenizer.
+        texts: documents.
+        profile: of this model; its exits are replaced.
+        options: what to calibrate.
+        output: folder of the profile; an interrupted calibration resumes there.
+        progress: called as work proceeds.
+        loss: any function of an outcome with values in [0, 1], instead of the one that the options name.
+
+    Raises:
+        RestpointError: the profile is another model's, a name is unknown, there is too little text or are too few
+            sequences, the model cannot exit early, or ``output`` holds an unfinished calibration of something else.
+    """
+    options = options or CalibrateOptions()
+    report = progress or (lambda _stage, _done, _total: None)
+    profile.require(loaded)
+    control = RiskControl(options.epsilon, options.delta, options.method)
+    if options.sequences < (least := minimum_sequences(control)):
+        raise RestpointError(
+            f"sequences is {options.sequences}; epsilon={options.epsilon} at delta={options.delta} needs {least} at "
+            "least, even without a single loss"
+        )
+    loss = loss or named_loss(options.loss)
+    named("signal", options.signal, {**SIGNALS, **{kind.kind: kind for kind in FITTED}})
+    layered = LayeredModel(loaded.model)
+    capabilities = check(layered)
+    for name in ("depth", "exit", "cached", "resume", "rollback", "ragged"):
+        found = getattr(capabilities, name)
+        if not found.supported:
+            raise RestpointError(f"model: {loaded.name} cannot exit early ({name}: {found.reason})")
+    passages = deal(texts, loaded.tokenizer, options)
+    candidates = options.layers or tuple(sorted({max(1, round(share * layered.depth)) for share in _DEPTHS}))
+    if not all(0 <= layer < layered.depth for layer in candidates):
+        raise RestpointError(f"layers is {candidates}; each must lie between 0 and {layered.depth - 1}")
+    output = Path(output)
+    predictors = {} if options.lens else _predictors(loaded, layered, passages, candidates, options, output, report)
+    tuning = Tuning(layered, Readout(layered, predictors), passages.tune, options, report)
+    choice, signal = tuning.choose(candidates)
+    layers = choice.layers
+    predictors = {layer: own for layer, own in predictors.items() if layer in layers}
+    policy = ExitPolicy(_rule(options, choice.threshold, layers), predictors, signal)
+    thresholds = tuning.thresholds(layers, signal)
+    recipe = {
+        **asdict(options),
+        "text": passages.text,
+        "model": fingerprint(loaded.model, loaded.tokenizer),
+        "readers": readers_hash(predictors, signal),
+        "loss": getattr(loss, "__name__", type(loss).__name__),
+    }
+    kept = Kept(output, recipe)
+    ends = _ends(loaded)
+    columns: list[np.ndarray] = []
+    for number, threshold in enumerate(thresholds):
+        report("certify", number, len(thresholds))
+        if threshold not in kept.done:
+            target = replace(policy, rule=_rule(options, threshold, layers)).target(layered)
+            decoded = decode_with_exits(target, passages.certify, options.new_tokens, ends, options.batch)
+            kept.add(threshold, losses_of(decoded, loss), decoded.layer_calls / max(1, decoded.tokens))
+        columns.append(kept.done[threshold][0])
+        selection = select(np.stack(columns, 1), control)
+        if selection.index != number:
+            break
+    report("certify", len(thresholds), len(thresholds))
+    chosen = 0 if selection.index is None else selection.index
+    policy = replace(policy, rule=_rule(options, thresholds[chosen], layers))
+    tried = thresholds[: len(columns)]
+    layers_per_token = tuple(kept.done[threshold][1] for threshold in tried)
+    if selection.index is not None:
+        policy = replace(
+            policy,
+            certificate=_certificate(layered, policy, selection, passages, options, tried, layers_per_token[chosen]),
+            monitor=_monitor(layered, policy, passages.certify, options.batch),
+        )
+        profile = replace(profile, exits=policy)
+    else:
+        profile = replace(profile, exits=None)
+    profile.save(output)
+    kept.remove()
+    means = tuple(float(column.mean()) for column in columns)
+    return CalibrateReport(profile, policy, selection, choice, tried, means, layers_per_token, passages.sources)
+
+
+def _rule(options: CalibrateOptions, threshold: float, layers: tuple[int, ...]) -> ThresholdRule:
+    return ThresholdRule(options.signal, threshold, layers, catch_up=cast(CatchUp, options.catch_up))
+
+
+def _ends(loaded: Loaded) -> frozenset[int]:
+    """Tokens that end a text."""
+    ends: Any = getattr(loaded.model.generation_config, "eos_token_id", None)
+    ends = loaded.tokenizer.eos_token_id if ends is None else ends
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def _certificate(
+    layered: LayeredModel,
+    policy: ExitPolicy,
+    selection: Selection,
+    passages: Passages,
+    options: CalibrateOptions,
+    thresholds: tuple[float, ...],
+    layers_per_token: float,
+) -> Certificate:
+    return Certificate(
+        loss=options.loss,
+        epsilon=options.epsilon,
+        delta=options.delta,
+        method=options.method,
+        sequences=len(passages.certify),
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        mean_loss=selection.mean_loss,
+        upper_bound=selection.upper_bound,
+        thresholds=thresholds,
+        layers_per_token=layers_per_token,
+        dtype=str(layered.dtype).removeprefix("torch."),
+        readers=readers_hash(policy.predictors, policy.signal),
+        text=passages.text,
+        documents=tuple(passages.documents),
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        versions={
+            "restpoint": importlib.metadata.version("restpoint"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def _monitor(layered: LayeredModel, policy: ExitPolicy, prompts: Sequence[list[int]], batch: int) -> ShiftMonitor:
+    """How sure the signal is of the prompts that were certified on."""
+    rows = [
+        policy.familiarity(layered, torch.tensor(prompts[first : first + batch], device=layered.device))
+        for first in range(0, len(prompts), batch)
+    ]
+    return ShiftMonitor.of(torch.cat(rows).tolist())
+
+
+# --- fitting ---
+
+
+def _predictors(
+    loaded: Loaded,
+    layered: LayeredModel,
+    passages: Passages,
+    layers: tuple[int, ...],
+    options: CalibrateOptions,
+    output: Path,
+    report: Progress,
+) -> dict[int, Predictor]:
+    """One predictor of the rest state for each layer, rounded as it will be saved."""
+    how = FitOptions(
+        max_tokens=options.fit_tokens, own_share=_OWN, sequence_length=128, features=options.features, seed=options.seed
+    )
+    recorded = record(loaded, layered, passages.fit, how, layers, output / "states", report)
+    settings = FitSettings(
+        strengths=(1e-5, 1e-4, 1e-3), features=options.features, seed=options.seed, product_precision="float32"
+    )
+
+    def held_out() -> Iterator[Chunk]:
+        return recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // 16)])
+
+    solved: dict[int, Predictor] = {}
+    for done, layer in enumerate(layers):
+        report("solve predictors", done, len(layers))
+        fit = fit_affine(
+            lambda: recorded.chunks(recorded.fitted), held_out, (layer,), settings, score=recorded.score
+        )
+        solved[layer] = rounded(fit.predictor)
+    report("solve predictors", len(layers), len(layers))
+    recorded.store.remove()
+    return solved
