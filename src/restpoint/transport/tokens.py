@@ -104,8 +104,8 @@ def token_transport(
 
     means = (leaving.mean - entering.mean).norm(dim=-1)
     masses = leaving.masses.cpu().numpy(), entering.masses.cpu().numpy()
-    upper = _solve(*masses, upper_cost.cpu().numpy()).to(p.device)
-    lower = torch.maximum(_solve(*masses, lower_cost.cpu().numpy()).to(p.device), means)
+    upper = least_costs(*masses, upper_cost.cpu().numpy()).to(p.device)
+    lower = torch.maximum(least_costs(*masses, lower_cost.cpu().numpy()).to(p.device), means)
     rest = torch.maximum(leaving.masses[:, -1], entering.masses[:, -1])
     covered = torch.where(moved > 0, 1 - rest / moved, 1.0)
     return TokenTransport(
@@ -186,8 +186,11 @@ def _join(inner: Tensor, right: Tensor, below: Tensor, corner: Tensor) -> Tensor
     return torch.cat([top, bottom.unsqueeze(-2)], -2)
 
 
-def _solve(leaving: np.ndarray, entering: np.ndarray, cost: np.ndarray) -> Float64[Tensor, " laws"]:
-    """The least cost of each row's programme."""
+def least_costs(leaving: np.ndarray, entering: np.ndarray, cost: np.ndarray) -> Float64[Tensor, " laws"]:
+    """The least cost of carrying each row's masses into the others', by that row's costs; 0 where there is no mass.
+
+    Both sides of a row must sum to the same, up to rounding. On the CPU, one small linear programme after another.
+    """
     import ot  # takes over a second: only those who solve programmes wait for it
 
     values = np.zeros(len(cost))

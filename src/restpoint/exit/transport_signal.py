@@ -1,0 +1,83 @@
+"""A signal that weighs a change of token by how far apart the tokens are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from restpoint.errors import RestpointError
+from restpoint.exit.law_signals import second_law
+from restpoint.exit.signals import Signal, unknown
+from restpoint.exit.view import View
+from restpoint.transport.tokens import least_costs
+
+
+@dataclass(frozen=True)
+class TransportCost(Signal):
+    """1 / (1 + W1(p_l, p')): what it costs to carry the law that is read into the one that is predicted.
+
+    p_l is the readout's law and p' that of `second_law`, each on its ``support`` most probable tokens and scaled to sum
+    to one; moving mass from token i to j costs the distance of their unembeddings. Unlike `Disagreement` it forgives
+    two laws that differ in near synonyms. It takes one small linear programme for each token, exactly solved.
+
+    Raises:
+        RestpointError: the support is below 1, or the model's unembedding cannot be read.
+
+    Paper:
+        Villani 2009, "Optimal Transport: Old and New".
+    """
+
+    kind: ClassVar[str] = "transport"
+    papers: ClassVar[tuple[str, ...]] = ("Villani 2009, Optimal Transport: Old and New",)
+
+    support: int = 8
+    """Tokens of each law that are looked at."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.support < 1:
+            raise RestpointError(f"support is {self.support}; keep at least one token")
+
+    def confidence(self, view: View) -> Float[Tensor, " rows"]:
+        """See the class."""
+        other = second_law(view)
+        if other is None:
+            return unknown(view)
+        unembedding = view.readout.layered.head.unembedding
+        weight = getattr(unembedding, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise RestpointError("signal: this model has no unembedding to measure distances by; take another signal")
+        return 1 / (1 + top_transport(view.log_law, other, weight, self.support).float())
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See :meth:`Signal.state`."""
+        return {"kind": self.kind, "support": self.support}, {}
+
+    @classmethod
+    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """From what `state` gave."""
+        return cls(config["support"])
+
+
+@torch.no_grad()
+def top_transport(
+    log_p: Float[Tensor, "rows vocab"],
+    log_q: Float[Tensor, "rows vocab"],
+    embeddings: Float[Tensor, "vocab dim"],
+    support: int,
+) -> Float64[Tensor, " rows"]:
+    """W1 between two laws on their own most probable tokens, scaled to sum to one, in units of the embeddings.
+
+    Exact for the laws so cut down; `token_transport` bounds the cost between the whole ones, for several times the
+    work.
+    """
+    kept = min(support, log_p.shape[-1])
+    (tops, tokens), (others, other_tokens) = log_p.topk(kept, -1), log_q.topk(kept, -1)
+    apart = torch.cdist(
+        embeddings[tokens].float(), embeddings[other_tokens].float(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    leaving, entering = (side.double().softmax(-1).cpu().numpy() for side in (tops, others))
+    return least_costs(leaving, entering, apart.double().cpu().numpy()).to(log_p.device)
