@@ -7,7 +7,41 @@ from restpoint.flags import Flag, Layers
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class ReadOptions:
+    """What exits read, and on which text that is fitted."""
+
+    layers: Layers = ()
+    """Layers to stop after; chosen by expected speed, from a quarter to most of the depth, if left out."""
+    lens: Flag = False
+    """Emit the logit lens at an exit instead of a predictor that is fitted first."""
+    features: int = 1024
+    """Random features of that predictor; 0 for an affine map."""
+    fit_tokens: int = 150_000
+    """Tokens of text to fit predictors on, at most."""
+    prompt_tokens: int = 32
+    """Tokens of text that each of the model's own texts begins with."""
+    new_tokens: int = 64
+    """Tokens that the model continues each by."""
+    batch: int = 25
+    """Texts decoded at once."""
+    seed: int = 0
+    """Of whatever is drawn."""
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        for name in ("prompt_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise RestpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.new_tokens < 2:
+            raise RestpointError(f"new_tokens is {self.new_tokens}; the first comes at full depth, so give at least 2")
+        if self.features < 0:
+            raise RestpointError(f"features is {self.features}; it must be 0 or positive")
+        if self.layers and list(self.layers) != sorted(set(self.layers)):
+            raise RestpointError(f"layers is {self.layers}; give them ascending, each once")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(ReadOptions):
     """What loss is tolerated, how rarely it may be more, and how exits are chosen."""
 
     loss: str = "disagreement"
@@ -20,41 +54,20 @@ class CalibrateOptions:
     signal: str = "gate"
     """What decides: gate (learned), max-p, margin, entropy, entropy-difference, kl, cosine, relative-step,
     acceleration, disagreement, transport, task-saturation or rest-radius."""
-    layers: Layers = ()
-    """Layers to stop after; chosen by expected speed from several between a quarter and all of the depth if left out."""
     most_layers: int = 2
-    """How many of them to look at, at most, where they are chosen."""
+    """How many layers to look at, at most, where they are chosen."""
     catch_up: str = "exact"
     """What later tokens see of one that stopped: exact (it is run with the next deep one) or propagated."""
-    lens: Flag = False
-    """Emit the logit lens at an exit instead of a predictor that is fitted first."""
-    features: int = 1024
-    """Random features of that predictor; 0 for an affine map."""
     sequences: int = 500
     """Texts to certify on."""
-    prompt_tokens: int = 32
-    """Tokens of text that each begins with."""
-    new_tokens: int = 64
-    """Tokens that the model continues each by."""
-    fit_tokens: int = 150_000
-    """Tokens of text to fit predictors on, apart from the texts to certify on."""
     method: str = "betting"
     """P-value: betting, hoeffding-bentkus, or binomial for losses of 0 and 1."""
-    batch: int = 25
-    """Texts decoded at once."""
-    seed: int = 0
-    """Of random features and of the order of texts."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be calibrated; what is asked of the risk is checked by it."""
-        for name in ("most_layers", "sequences", "prompt_tokens", "batch"):
+        super().__post_init__()
+        for name in ("most_layers", "sequences"):
             if getattr(self, name) < 1:
                 raise RestpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.new_tokens < 2:
-            raise RestpointError(f"new_tokens is {self.new_tokens}; the first comes at full depth, so give at least 2")
-        if self.features < 0:
-            raise RestpointError(f"features is {self.features}; it must be 0 or positive")
         if self.catch_up not in ("exact", "propagated"):
             raise RestpointError(f"catch_up is {self.catch_up!r}; choose exact or propagated")
-        if self.layers and list(self.layers) != sorted(set(self.layers)):
-            raise RestpointError(f"layers is {self.layers}; give them ascending, each once")

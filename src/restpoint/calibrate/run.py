@@ -1,7 +1,7 @@
 """Calibrate early exits: fit, choose, certify, and write the rule with its certificate into the profile."""
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,23 +14,19 @@ import transformers
 from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
 from restpoint.calibrate.options import CalibrateOptions
 from restpoint.calibrate.passages import Passages, deal
+from restpoint.calibrate.readers import fit_predictors
 from restpoint.calibrate.tuning import Tuning
-from restpoint.equilibrium.fitting import fit_affine
-from restpoint.equilibrium.predictors import Predictor
-from restpoint.equilibrium.streaming import Chunk, FitSettings
 from restpoint.errors import RestpointError
 from restpoint.exit.choice import LayerChoice
 from restpoint.exit.losses import Loss
 from restpoint.exit.losses import loss as named_loss
 from restpoint.exit.names import named
-from restpoint.exit.policy import Certificate, ExitPolicy, readers_hash, rounded
+from restpoint.exit.policy import Certificate, ExitPolicy, readers_hash
 from restpoint.exit.registry import FITTED, SIGNALS
 from restpoint.exit.risk import RiskControl, Selection, minimum_sequences, select
 from restpoint.exit.rules import CatchUp, ThresholdRule
 from restpoint.exit.shift import ShiftMonitor
 from restpoint.exit.view import Readout
-from restpoint.fit.options import FitOptions
-from restpoint.fit.recording import record
 from restpoint.model.check import check
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.layered import LayeredModel
@@ -41,8 +37,6 @@ Progress = Callable[[str, int, int], None]
 
 _DEPTHS = (1 / 4, 1 / 2, 5 / 8, 11 / 16, 3 / 4, 13 / 16)
 """Shares of the depth where exits are considered, unless layers are given."""
-_OWN = 0.3
-"""Share of the text fitted on that the model writes itself."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ def calibrate(
     if not all(0 <= layer < layered.depth for layer in candidates):
         raise RestpointError(f"layers is {candidates}; each must lie between 0 and {layered.depth - 1}")
     output = Path(output)
-    predictors = {} if options.lens else _predictors(loaded, layered, passages, candidates, options, output, report)
+    predictors = fit_predictors(loaded, layered, passages.fit, candidates, options, output, report)
     tuning = Tuning(layered, Readout(layered, predictors), passages.tune, options, report)
     choice, signal = tuning.choose(candidates)
     layers = choice.layers
@@ -220,39 +214,3 @@ def _monitor(layered: LayeredModel, policy: ExitPolicy, prompts: Sequence[list[i
         for first in range(0, len(prompts), batch)
     ]
     return ShiftMonitor.of(torch.cat(rows).tolist())
-
-
-# --- fitting ---
-
-
-def _predictors(
-    loaded: Loaded,
-    layered: LayeredModel,
-    passages: Passages,
-    layers: tuple[int, ...],
-    options: CalibrateOptions,
-    output: Path,
-    report: Progress,
-) -> dict[int, Predictor]:
-    """One predictor of the rest state for each layer, rounded as it will be saved."""
-    how = FitOptions(
-        max_tokens=options.fit_tokens, own_share=_OWN, sequence_length=128, features=options.features, seed=options.seed
-    )
-    recorded = record(loaded, layered, passages.fit, how, layers, output / "states", report)
-    settings = FitSettings(
-        strengths=(1e-5, 1e-4, 1e-3), features=options.features, seed=options.seed, product_precision="float32"
-    )
-
-    def held_out() -> Iterator[Chunk]:
-        return recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // 16)])
-
-    solved: dict[int, Predictor] = {}
-    for done, layer in enumerate(layers):
-        report("solve predictors", done, len(layers))
-        fit = fit_affine(
-            lambda: recorded.chunks(recorded.fitted), held_out, (layer,), settings, score=recorded.score
-        )
-        solved[layer] = rounded(fit.predictor)
-    report("solve predictors", len(layers), len(layers))
-    recorded.store.remove()
-    return solved
