@@ -97,7 +97,7 @@ def measure_passes(target: LayeredTarget, context: int = 128, repeats: int = 9, 
         for size, samples in seconds.items():
             draft = Draft.chain([token] * (size - 1))
             samples.append(
-                _timed(target.layered.device, lambda draft=draft: target.score([token] * rows, [draft] * rows))
+                timed(target.layered.device, lambda draft=draft: target.score([token] * rows, [draft] * rows))
             )
     medians = isotonic_regression([statistics.median(samples[1:]) for samples in seconds.values()]).x
     if target.widths:
@@ -124,7 +124,7 @@ def still_hold(target: LayeredTarget, costs: Costs, context: int = 128) -> bool:
     for _ in range(_LOOKS):
         for samples, size in zip(seconds, (1, _LOOK), strict=True):
             draft = Draft.chain([token] * (size - 1))
-            samples.append(_timed(target.layered.device, lambda draft=draft: target.score([token], [draft])))
+            samples.append(timed(target.layered.device, lambda draft=draft: target.score([token], [draft])))
     short, long = (min(samples) for samples in seconds)
     for now, then in ((long / short, costs.verify[_LOOK - 1] / costs.verify[0]), (short, costs.verify[0])):
         if not 1 / _VARIES <= now / then <= _VARIES:
@@ -168,7 +168,7 @@ def measure_drafts(
     for _ in range(repeats + 1):
         for levels, samples in seconds.items():
             target.score([token], [NO_DRAFT])
-            samples.append(_timed(layered.device, lambda levels=levels: draft(levels)))
+            samples.append(timed(layered.device, lambda levels=levels: draft(levels)))
     first, several = (statistics.median(samples[1:]) for samples in seconds.values())
     return first, max((several - first) / _LEVELS, 0.0)
 
@@ -199,7 +199,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _timed(device: torch.device, work: Callable[[], object]) -> float:
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds of some work, the device's own included."""
     _synchronize(device)
     began = time.perf_counter()
     work()
