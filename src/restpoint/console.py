@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # these import torch, which a help text can do without
+    from restpoint.calibrate.explore import SweepReport
+    from restpoint.calibrate.run import CalibrateReport
     from restpoint.decode.loop import Round
     from restpoint.fit.run import FitReport
     from restpoint.generate import Decoder
@@ -231,6 +233,80 @@ _TOLD = {
     "distance to go": ("transport", "unit.gaussian.to_final.relative"),
 }
 """Columns of an atlas's table: measure and result."""
+
+
+def calibrate_table(report: "CalibrateReport") -> RenderableType:
+    """Thresholds that were decoded with, and what is promised of the one that was kept."""
+    selection, control = report.selection, report.selection.control
+    layers = " or ".join(str(layer) for layer in report.policy.rule.candidates(sys.maxsize))
+    table = Table(title=f"Exits after layer {layers}, from safe to fast", title_justify="left", pad_edge=False)
+    for heading in ("threshold", "mean loss", "p-value", f"at most {control.epsilon:g}", "layers a token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = zip(report.thresholds, report.mean_losses, selection.p_values, report.layers_per_token, strict=True)
+    for number, (threshold, loss, p_value, ran) in enumerate(rows):
+        kept = number == selection.index
+        verdict = "shown" if p_value <= control.delta else "not shown"
+        table.add_row(
+            f"{threshold:.4f}", f"{loss:.4f}", f"{p_value:.2g}", verdict, f"{ran:.1f}", style="bold" if kept else ""
+        )
+    certificate = report.policy.certificate
+    if certificate is None:
+        needed = selection.needed_sequences
+        said = f"no threshold qualifies: {selection.status.remedy}"
+        said += f" (about {needed:,} texts would do at this mean loss)" if needed else ""
+    else:
+        said = f"kept: {certificate.promise}; certified on text from {report.sources} documents"
+    expected = f"expected by measured times, one text at a time: {report.choice.speed:.2f} times plain decoding"
+    return Group(table, Text(said), Text(expected, style="dim"))
+
+
+def calibrate_json(report: "CalibrateReport") -> str:
+    """The same for other programs."""
+    certificate = report.policy.certificate
+    found = {
+        "status": str(report.selection.status),
+        "thresholds": report.thresholds,
+        "mean_losses": report.mean_losses,
+        "p_values": report.selection.p_values,
+        "layers_per_token": report.layers_per_token,
+        "needed_sequences": report.selection.needed_sequences,
+        "rule": report.policy.rule.described(),
+        "certificate": None if certificate is None else asdict(certificate),
+        "expected_speed": report.choice.speed,
+    }
+    return json.dumps(found, indent=1)
+
+
+def sweep_table(found: "SweepReport") -> RenderableType:
+    """Layers that signals save where at most so many tokens differ, best first."""
+    tables: list[RenderableType] = []
+    for most in dict.fromkeys(row.disagreement for row in found.comparisons):
+        table = Table(
+            title=f"At most {most:.0%} of tokens differ", title_justify="left", pad_edge=False, show_edge=False
+        )
+        table.add_column("signal", no_wrap=True)
+        for heading in ("layers saved", "95%", "more than max-p", "95%", "expected speed"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        rows = [row for row in found.comparisons if row.disagreement == most]
+        for row in sorted(rows, key=lambda row: -row.layers_saved.value):
+            more = row.difference
+            table.add_row(
+                row.name,
+                f"{row.layers_saved.value:.2f}",
+                f"{row.layers_saved.low:.2f}–{row.layers_saved.high:.2f}",
+                "" if more is None else f"{more.value:+.2f}",
+                "" if more is None else f"{more.low:+.2f}–{more.high:+.2f}",
+                "" if row.speed is None else f"{row.speed.value:.2f}",
+            )
+        ceiling = next(point for point in found.oracle.points() if point.setting == most)
+        table.add_row("oracle", f"{found.depth - ceiling.layers_seen.value:.2f}", style="dim")
+        tables.append(table)
+    layers = ", ".join(str(layer) for layer in found.layers)
+    about = (
+        f"{found.model}, {found.depth} layers; exits after {layers}; {found.sequences} texts of {found.new_tokens} "
+        "tokens that the full model wrote. Speed is what measured times let expect, one text at a time."
+    )
+    return Group(*tables, Text(about, style="dim"))
 
 
 def atlas_table(atlas: "Atlas") -> RenderableType:

@@ -71,3 +71,23 @@ class CalibrateOptions(ReadOptions):
                 raise RestpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.catch_up not in ("exact", "propagated"):
             raise RestpointError(f"catch_up is {self.catch_up!r}; choose exact or propagated")
+
+
+@dataclass(frozen=True)
+class SweepOptions(ReadOptions):
+    """Which signals are compared, on how much text."""
+
+    signals: tuple[str, ...] = ()
+    """Names of signals; all if left out."""
+    sequences: int = 200
+    """Texts that are traced."""
+    disagreements: tuple[float, ...] = (0.01, 0.03, 0.05)
+    """Shares of tokens that may differ, at which signals are compared."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be swept."""
+        super().__post_init__()
+        if self.sequences < 2:
+            raise RestpointError(f"sequences is {self.sequences}; intervals need at least 2")
+        if not self.disagreements or not all(0 <= own < 1 for own in self.disagreements):
+            raise RestpointError(f"disagreements is {self.disagreements}; give shares from 0 on, below 1")

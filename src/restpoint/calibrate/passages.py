@@ -1,4 +1,4 @@
-"""Text dealt out: passages to fit on, to choose on and to certify on, no document in two of them."""
+"""Text dealt out: documents to fit on, prompts to choose on and prompts to judge on, no document for two of these."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from restpoint.calibrate.options import CalibrateOptions
+from restpoint.calibrate.options import ReadOptions
 from restpoint.errors import RestpointError
 from restpoint.exit.policy import document_hash
 
 _SPREAD = 4
 """Of so many prompts' worth of text, the first is a prompt: prompts of one document are that far apart."""
-TUNED = 400
-"""Prompts to fit the signal and to choose layers and thresholds on."""
-_DEALT = ("fit", "fit", "certify", "tune", "fit", "certify", "fit", "certify", "fit", "tune")
+_DEALT = ("fit", "fit", "judge", "tune", "fit", "judge", "fit", "judge", "fit", "tune")
 
 
 @dataclass
@@ -23,23 +21,32 @@ class Passages:
 
     Attributes:
         fit: documents to fit predictors on.
-        tune: prompts.
-        certify: prompts.
+        tune: prompts to fit signals and to choose layers and thresholds on.
+        judge: prompts for what is reported or certified.
         documents: short hashes of all documents that were read.
-        sources: documents that the prompts to certify on come from.
+        sources: documents that the prompts to judge on come from.
         text: SHA-256 of all documents.
     """
 
     fit: list[str] = field(default_factory=list)
     tune: list[list[int]] = field(default_factory=list)
-    certify: list[list[int]] = field(default_factory=list)
+    judge: list[list[int]] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
     sources: int = 0
     text: str = ""
 
 
-def deal(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, options: CalibrateOptions) -> Passages:
+def deal(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, options: ReadOptions, tune: int, judge: int
+) -> Passages:
     """Read documents until there is enough of everything, each used for one thing only.
+
+    Args:
+        texts: documents.
+        tokenizer: of the model.
+        options: how long prompts are, and how much text is fitted on.
+        tune: prompts to tune on, at most; a quarter of them will do.
+        judge: prompts to judge on, exactly.
 
     Raises:
         RestpointError: the text is too short; the message says how much there is.
@@ -55,20 +62,22 @@ def deal(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, options: Cali
         if role == "fit":
             fit_tokens += len(ids)
             dealt.fit.append(text)
-        else:
-            prompts = list(_prompts(ids, options.prompt_tokens))
-            (dealt.certify if role == "certify" else dealt.tune).extend(prompts)
-            dealt.sources += role == "certify" and bool(prompts) and len(dealt.certify) <= options.sequences
-        if fit_tokens >= options.fit_tokens and len(dealt.tune) >= TUNED and len(dealt.certify) >= options.sequences:
+        elif role == "tune":
+            dealt.tune.extend(_prompts(ids, options.prompt_tokens))
+        elif len(dealt.judge) < judge:
+            before = len(dealt.judge)
+            dealt.judge.extend(_prompts(ids, options.prompt_tokens))
+            dealt.sources += len(dealt.judge) > before
+        if fit_tokens >= options.fit_tokens and len(dealt.tune) >= tune and len(dealt.judge) >= judge:
             break
-    if len(dealt.certify) < options.sequences or len(dealt.tune) < TUNED // 4:
+    if len(dealt.judge) < judge or len(dealt.tune) < tune // 4:
         raise RestpointError(
-            f"text: it gives {len(dealt.certify)} texts to certify on and {len(dealt.tune)} to choose on, where "
-            f"{options.sequences} and {TUNED // 4} are needed; give more text (about "
-            f"{options.sequences * options.prompt_tokens * _SPREAD * 10 // 3:,} tokens), or lower --sequences"
+            f"text: it gives {len(dealt.judge)} and {len(dealt.tune)} prompts of {options.prompt_tokens} tokens, where "
+            f"{judge} are needed to judge on and {tune // 4} to choose on; give more text (about "
+            f"{judge * options.prompt_tokens * _SPREAD * 10 // 3:,} tokens), or lower --sequences"
         )
     dealt.text = digest.hexdigest()
-    dealt.tune, dealt.certify = dealt.tune[:TUNED], dealt.certify[: options.sequences]
+    dealt.tune, dealt.judge = dealt.tune[:tune], dealt.judge[:judge]
     return dealt
 
 

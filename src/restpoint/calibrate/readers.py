@@ -11,6 +11,7 @@ from restpoint.calibrate.options import ReadOptions
 from restpoint.equilibrium.fitting import fit_affine
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.equilibrium.streaming import Chunk, FitSettings
+from restpoint.errors import RestpointError
 from restpoint.exit.gate import Gate, fit_gate
 from restpoint.exit.policy import rounded
 from restpoint.exit.radius import fit_radius
@@ -34,7 +35,20 @@ _OWN = 0.3
 _LENGTH = 128
 _SCORED = 16
 """Held-out sequences that ridge strengths are compared on."""
+_DEPTHS = (1 / 4, 1 / 2, 5 / 8, 11 / 16, 3 / 4, 13 / 16)
+"""Shares of the depth where exits are considered."""
 _GATE_PARTS = ("weights", "directions", "bias", "centres")
+
+
+def candidate_layers(depth: int, options: ReadOptions) -> tuple[int, ...]:
+    """Layers that the options name, or some between a quarter and most of the depth, closer together later on.
+
+    Raises:
+        RestpointError: a layer is not below the depth.
+    """
+    if not all(0 <= layer < depth for layer in options.layers):
+        raise RestpointError(f"layers is {options.layers}; each must lie between 0 and {depth - 1}")
+    return options.layers or tuple(sorted({max(1, round(share * depth)) for share in _DEPTHS}))
 
 
 def fit_predictors(

@@ -14,7 +14,7 @@ import transformers
 from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
 from restpoint.calibrate.options import CalibrateOptions
 from restpoint.calibrate.passages import Passages, deal
-from restpoint.calibrate.readers import fit_predictors
+from restpoint.calibrate.readers import candidate_layers, fit_predictors
 from restpoint.calibrate.tuning import Tuning
 from restpoint.errors import RestpointError
 from restpoint.exit.choice import LayerChoice
@@ -35,8 +35,8 @@ from restpoint.profile import Profile
 
 Progress = Callable[[str, int, int], None]
 
-_DEPTHS = (1 / 4, 1 / 2, 5 / 8, 11 / 16, 3 / 4, 13 / 16)
-"""Shares of the depth where exits are considered, unless layers are given."""
+_TUNED = 400
+"""Prompts to fit the signal and to choose layers and thresholds on."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,8 @@ def calibrate(
         found = getattr(capabilities, name)
         if not found.supported:
             raise RestpointError(f"model: {loaded.name} cannot exit early ({name}: {found.reason})")
-    passages = deal(texts, loaded.tokenizer, options)
-    candidates = options.layers or tuple(sorted({max(1, round(share * layered.depth)) for share in _DEPTHS}))
-    if not all(0 <= layer < layered.depth for layer in candidates):
-        raise RestpointError(f"layers is {candidates}; each must lie between 0 and {layered.depth - 1}")
+    passages = deal(texts, loaded.tokenizer, options, tune=_TUNED, judge=options.sequences)
+    candidates = candidate_layers(layered.depth, options)
     output = Path(output)
     predictors = fit_predictors(loaded, layered, passages.fit, candidates, options, output, report)
     tuning = Tuning(layered, Readout(layered, predictors), passages.tune, options, report)
@@ -121,7 +119,6 @@ def calibrate(
     layers = choice.layers
     predictors = {layer: own for layer, own in predictors.items() if layer in layers}
     policy = ExitPolicy(_rule(options, choice.threshold, layers), predictors, signal)
-    thresholds = tuning.thresholds(layers, signal)
     recipe = {
         **asdict(options),
         "text": passages.text,
@@ -130,36 +127,58 @@ def calibrate(
         "loss": getattr(loss, "__name__", type(loss).__name__),
     }
     kept = Kept(output, recipe)
-    ends = _ends(loaded)
-    columns: list[np.ndarray] = []
-    for number, threshold in enumerate(thresholds):
-        report("certify", number, len(thresholds))
+
+    def run(threshold: float) -> tuple[np.ndarray, float]:
         if threshold not in kept.done:
             target = replace(policy, rule=_rule(options, threshold, layers)).target(layered)
-            decoded = decode_with_exits(target, passages.certify, options.new_tokens, ends, options.batch)
+            decoded = decode_with_exits(target, passages.judge, options.new_tokens, _ends(loaded), options.batch)
             kept.add(threshold, losses_of(decoded, loss), decoded.layer_calls / max(1, decoded.tokens))
-        columns.append(kept.done[threshold][0])
-        selection = select(np.stack(columns, 1), control)
-        if selection.index != number:
-            break
-    report("certify", len(thresholds), len(thresholds))
+        return kept.done[threshold]
+
+    columns, layers_per_token, selection = _test(run, tuning.thresholds(layers, signal), control, report)
+    tried = tuple(columns)
     chosen = 0 if selection.index is None else selection.index
-    policy = replace(policy, rule=_rule(options, thresholds[chosen], layers))
-    tried = thresholds[: len(columns)]
-    layers_per_token = tuple(kept.done[threshold][1] for threshold in tried)
+    policy = replace(policy, rule=_rule(options, tried[chosen], layers))
+    exits = None
     if selection.index is not None:
-        policy = replace(
+        exits = policy = replace(
             policy,
             certificate=_certificate(layered, policy, selection, passages, options, tried, layers_per_token[chosen]),
-            monitor=_monitor(layered, policy, passages.certify, options.batch),
+            monitor=_monitor(layered, policy, passages.judge, options.batch),
         )
-        profile = replace(profile, exits=policy)
-    else:
-        profile = replace(profile, exits=None)
+    profile = replace(profile, exits=exits)
     profile.save(output)
     kept.remove()
-    means = tuple(float(column.mean()) for column in columns)
+    means = tuple(float(losses.mean()) for losses in columns.values())
     return CalibrateReport(profile, policy, selection, choice, tried, means, layers_per_token, passages.sources)
+
+
+def _test(
+    run: Callable[[float], tuple[np.ndarray, float]],
+    thresholds: Sequence[float],
+    control: RiskControl,
+    report: Progress,
+) -> tuple[dict[float, np.ndarray], tuple[float, ...], Selection]:
+    """Decode with one threshold after the other, until one fails: losses, layers per token, and the outcome.
+
+    Args:
+        run: decodes with a threshold: losses of all texts, and layers per token.
+        thresholds: from safe to fast, at least one.
+        control: what is to be shown.
+        report: told of the progress.
+    """
+    columns: dict[float, np.ndarray] = {}
+    layers_per_token: list[float] = []
+    while True:
+        report("certify", len(columns), len(thresholds))
+        threshold = thresholds[len(columns)]
+        columns[threshold], layers = run(threshold)
+        layers_per_token.append(layers)
+        selection = select(np.stack(list(columns.values()), 1), control)
+        passed = selection.index == len(columns) - 1
+        if not passed or len(columns) == len(thresholds):
+            report("certify", len(thresholds), len(thresholds))
+            return columns, tuple(layers_per_token), selection
 
 
 def _rule(options: CalibrateOptions, threshold: float, layers: tuple[int, ...]) -> ThresholdRule:
@@ -187,7 +206,7 @@ def _certificate(
         epsilon=options.epsilon,
         delta=options.delta,
         method=options.method,
-        sequences=len(passages.certify),
+        sequences=len(passages.judge),
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         mean_loss=selection.mean_loss,

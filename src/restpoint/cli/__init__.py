@@ -10,10 +10,11 @@ from tyro.conf import subcommand
 
 from restpoint import console
 from restpoint.cli.decoding import Bench, Check, Fit, Generate, Index
+from restpoint.cli.exiting import Calibrate, Sweep
 from restpoint.cli.studying import Analyze, Compare, Merge, Report, Simulate
 from restpoint.errors import RestpointError
 
-_DESCRIPTION = """Faster decoding of pretrained transformers, with exactly the model's own output.
+_DESCRIPTION = """Faster decoding of pretrained transformers, with exactly the model's own output or a certified loss.
 
 MODEL is a checkpoint folder, a Hugging Face Hub name, or `reference`, the small bundled model, which is the default and
 needs no network.
@@ -24,6 +25,8 @@ Examples:
   restpoint fit MODEL --text corpus.jsonl -o profile/
   restpoint generate MODEL --profile profile/ "Once upon a time"
   restpoint generate MODEL --drafters lookup recycling "Once upon a time"
+  restpoint sweep MODEL -o sweep/                   what early exits could save, and at what loss
+  restpoint calibrate MODEL --profile profile/ --epsilon 0.02   early exits with a certificate
   restpoint bench --quick --plot bench.png          side by side with the baselines, under a minute
   restpoint analyze MODEL --text corpus.txt -o atlas/   how tokens move through its layers, on one page
   restpoint simulate -o theory/                     tokens as interacting particles: pictures and tables
@@ -36,6 +39,8 @@ Verb = (
     | Annotated[Fit, subcommand("fit")]
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Index, subcommand("index")]
+    | Annotated[Calibrate, subcommand("calibrate")]
+    | Annotated[Sweep, subcommand("sweep")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Analyze, subcommand("analyze")]
     | Annotated[Report, subcommand("report")]
@@ -68,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as exit:  # tyro's, after a help text or a wrong option
         return int(exit.code or 0)
     except KeyboardInterrupt:
-        console.say("; ".join(["interrupted", *([verb.interrupted()] if isinstance(verb, Fit | Analyze) else [])]))
+        resumed = [verb.interrupted()] if isinstance(verb, Fit | Analyze | Calibrate) else []
+        console.say("; ".join(["interrupted", *resumed]))
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

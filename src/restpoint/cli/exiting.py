@@ -1,0 +1,108 @@
+"""Verbs of bounded-error early exit: what it could save, and a certificate of what it may cost."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from restpoint import console
+from restpoint.bundled import fit_texts
+from restpoint.calibrate.options import CalibrateOptions, SweepOptions
+from restpoint.cli.loading import LoadFlags, Model, Texts, profile_for
+from restpoint.corpus import REFERENCE, read_texts
+from restpoint.errors import RestpointError
+from restpoint.flags import Flag, Folder
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Calibrate early exits: tokens leave the model before its last layer, and the loss is bounded with a certificate.
+
+    Predictors are fitted on a part of the text, layers and thresholds chosen on another. On the rest the model decodes
+    with exits, and every token is held against the full model: the fastest threshold is kept for which the expected
+    loss is shown to be at most epsilon, with probability 1 - delta (Learn-then-Test). Rule and certificate are written
+    into the profile; `restpoint generate --exit` decodes by them. That no threshold qualifies is an answer too. An
+    interrupted calibration resumes.
+
+    For example:
+      restpoint calibrate -o profile/
+      restpoint calibrate MODEL --profile profile/ --text calib.jsonl --loss disagreement --epsilon 0.02 -o profile/
+      restpoint generate MODEL --profile profile/ --exit --show-depth "Once upon a time"
+    """
+
+    model: Model = REFERENCE
+    """Checkpoint folder, Hub name, or `reference`."""
+    profile: Folder = None
+    """What `restpoint fit` wrote for this model; the bundled model has one already."""
+    text: Texts = ()
+    """Text like that to come: plain text, or .jsonl with a field `text`; .gz, .xz, .bz2 of either. Bundled text if
+    left out."""
+    output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("profile")
+    """Folder that the profile is written to, with the exits in it; may be that of the profile."""
+    json: Flag = False
+    """Print JSON instead of a table."""
+    calibrating: CalibrateOptions = field(default_factory=CalibrateOptions)
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Read, load, calibrate, show."""
+        texts = read_texts(self.text) if self.text else fit_texts()
+        profile = profile_for(self.model, self.profile, plain=False)
+        if profile is None:
+            raise RestpointError(f"profile: none is given; make one with: restpoint fit {self.model} --output FOLDER")
+        loaded = self.loading.load(self.model)
+        from restpoint.calibrate.run import calibrate
+
+        with console.progress_bars() as progress:
+            report = calibrate(loaded, texts, profile, self.calibrating, self.output, progress)
+        if self.json:
+            print(console.calibrate_json(report))
+        else:
+            console.show(console.calibrate_table(report))
+
+    def interrupted(self) -> str:
+        """How to go on."""
+        return f"the same command resumes from what {self.output} holds"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Draw what early exits could save against what they would lose, for every signal, with the oracle as the ceiling.
+
+    The model continues some of the text at full depth, once; every signal at every threshold is told from that. Writes
+    sweep.png, sweep.json and the traces.
+
+    For example:
+      restpoint sweep -o sweep/
+      restpoint sweep MODEL --text corpus.jsonl --signals max-p gate kl --layers 8 12 16 20 -o sweep/
+    """
+
+    model: Model = REFERENCE
+    """Checkpoint folder, Hub name, or `reference`."""
+    text: Texts = ()
+    """Text to continue: plain text, or .jsonl with a field `text`; .gz, .xz, .bz2 of either. Bundled text if left
+    out."""
+    output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("sweep")
+    """Folder that is written to."""
+    json: Flag = False
+    """Print JSON instead of a table."""
+    sweeping: SweepOptions = field(default_factory=SweepOptions)
+    loading: LoadFlags = field(default_factory=LoadFlags)
+
+    def run(self) -> None:
+        """Read, load, record, draw, show."""
+        texts = read_texts(self.text) if self.text else fit_texts()
+        loaded = self.loading.load(self.model)
+        from restpoint.calibrate.explore import explore
+        from restpoint.evaluate.exit_chart import draw
+
+        with console.progress_bars() as progress:
+            found = explore(loaded, texts, self.sweeping, self.output, progress)
+        draw(found.curves, found.oracle, self.output / "sweep.png")
+        found.write(self.output / "sweep.json")
+        if self.json:
+            print((self.output / "sweep.json").read_text())
+        else:
+            console.show(console.sweep_table(found))
+            console.say(f"the picture is {self.output / 'sweep.png'}")
