@@ -23,6 +23,7 @@ from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import Kept, LayeredTarget
 from restpoint.decode.verifiers.base import Verifier
+from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError
 from restpoint.model.check import Capabilities
 from restpoint.model.layered import LayeredModel
@@ -310,6 +311,11 @@ def _ways(drafter: SteppedDrafter) -> Sequence[SteppedDrafter]:
 def retrieve_from(datastore: Datastore) -> Maker:
     """Drafts retrieved from a datastore, opened and checked by the caller (:meth:`Datastore.require`)."""
     return lambda _target: RetrievalDrafter(datastore)
+
+
+def draft_at_exit(predictor: Predictor) -> Maker:
+    """Drafts by the target's own first layers and a predictor that the profile does not name."""
+    return lambda target: ExitDrafter(target, predictor)
 
 
 def skip_layers(skip: SkipSet, choice: SkipChoice | None = None, *, trees: bool = True) -> Maker:

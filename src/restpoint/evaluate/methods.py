@@ -52,11 +52,13 @@ class Method(ABC):
         name: what rows call it.
         settings: what was chosen in :meth:`prepare`; empty where there was nothing to choose.
         counts: whether :meth:`run` counts passes and layers by itself, at no cost to its time.
+        lossy: whether its tokens may be others than the model's own by design.
     """
 
     name: str
     settings: str = ""
     counts: bool = False
+    lossy: bool = False
 
     @abstractmethod
     def run(self, prompt_ids: list[int], new_tokens: int, seed: int = 0) -> Run:
@@ -92,6 +94,7 @@ class Restpoint(Method):
         self.decoder = decoder
         self.draft_tokens = draft_tokens
         self.settings = ", ".join(decoder.drafting.names) if decoder.drafting is not None else ""
+        self.lossy = decoder.exits is not None
         self.sampling = SamplingSettings(temperature=temperature)
 
     def run(self, prompt_ids: list[int], new_tokens: int, seed: int = 0) -> Run:

@@ -52,7 +52,9 @@ class Row:
         tokens_per_pass: tokens after the first pass over passes of the full model; 1 for plain decoding.
         layers_per_token: layers run after the first pass, drafts included, over these tokens.
         identical: share of runs that gave the plain tokens; None when sampling.
-        divergences: where others left them, one for each prompt.
+        divergences: where others left them, one for each prompt; none of methods that may differ by design.
+        disagreement: of such methods, share of tokens after the first that are not the model's own after the same
+            prefix; None of others, and when sampling.
         prefill_seconds: median time until the first pass is done; drafting before it is in it.
     """
 
@@ -73,6 +75,7 @@ class Row:
     layers_per_token: float | None = None
     identical: float | None = None
     divergences: tuple[Divergence, ...] = ()
+    disagreement: float | None = None
     prefill_seconds: float | None = None
 
 
@@ -111,6 +114,8 @@ class Record:
         counted: a run of each prompt with passes and layers counted.
         divergences: first divergence of each prompt.
         identical: how many runs gave the plain tokens.
+        lossy: whether it may differ from them by design.
+        disagreement: of each prompt, if it does so, share of tokens that are not the model's after the same prefix.
     """
 
     method: str
@@ -120,6 +125,8 @@ class Record:
     counted: dict[str, Run] = field(default_factory=dict)
     divergences: dict[str, Divergence] = field(default_factory=dict)
     identical: dict[str, int] = field(default_factory=dict)
+    lossy: bool = False
+    disagreement: dict[str, float] = field(default_factory=dict)
 
 
 def rows_of(
@@ -172,6 +179,9 @@ def _row(
         tokens_per_pass=decoded / passes if passes else None,
         layers_per_token=layers / decoded if decoded and layers else None,
         identical=sum(record.identical[prompt] for prompt in prompts) / len(runs) if greedy else None,
+        disagreement=statistics.fmean(record.disagreement[prompt] for prompt in prompts)
+        if record.disagreement
+        else None,
         divergences=tuple(record.divergences[prompt] for prompt in prompts if prompt in record.divergences),
         prefill_seconds=statistics.median(run.prefill_seconds for run in runs),
     )

@@ -10,7 +10,7 @@ import torch
 
 from restpoint import bundled
 from restpoint.decode.drafters.tables import TABLES
-from restpoint.drafting import HEADS, PREDICTOR
+from restpoint.drafting import HEADS, PREDICTOR, draft_at_exit
 from restpoint.errors import RestpointError
 from restpoint.evaluate.baselines import EarlyExit, HuggingFace, PromptLookup
 from restpoint.evaluate.conditions import conditions
@@ -29,6 +29,8 @@ PLAIN = "restpoint plain"
 RESTPOINT = "restpoint"
 COMPILED_PLAIN = "compiled plain"
 COMPILED = "compiled"
+EXITS = "early exits"
+EXITS_VERIFIED = "early exits, verified"
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done and how much there is."""
@@ -70,6 +72,10 @@ def bench(
     options = (options or BenchOptions()).resolved()
     report = progress or (lambda _stage, _done, _total: None)
     plain = Decoder(loaded)
+    if profile is not None and profile.exits is not None and profile.exits.certificate is not None:
+        profile.exits.certificate.require_unseen(
+            [prompt.text for domain in options.domains for prompt in bundled.prompts(domain)], "domains"
+        )
     prompts = _prompts(plain, options)
     methods: list[Method] = [
         HuggingFace(loaded, options.temperature),
@@ -85,7 +91,7 @@ def bench(
     for name, decoder, draft_tokens in _contestants(loaded, profile, options, report):
         methods.append(Restpoint(name, decoder, options.temperature, draft_tokens))
         notes.extend(note for note in decoder.notes if note not in notes)
-    records = {method.name: Record(method.name, settings=method.settings) for method in methods}
+    records = {method.name: Record(method.name, settings=method.settings, lossy=method.lossy) for method in methods}
     records |= {record.method: record for record in missing}
     _prepare(methods, records, prompts[0][0], options, report)
     laps = _run(methods, records, prompts, options, began, report)
@@ -119,6 +125,11 @@ def _contestants(
         yield COMPILED, Decoder(loaded, profile, verifier=options.verifier, compile=compiled), None
     if drafting.drafting is None:
         return
+    if (exits := profile.exits) is not None:
+        yield EXITS, Decoder(loaded, profile, exits=True), None
+        if exits.predictors:
+            first = exits.predictors[min(exits.predictors)]
+            yield EXITS_VERIFIED, Decoder(loaded, profile, (), brought={first.name: draft_at_exit(first)}), None
     if options.alone:
         yield f"{RESTPOINT} warm", Decoder(loaded, profile, verifier=options.verifier, share=True), None
         heads = (HEADS,) if profile.heads is not None else ()
@@ -225,7 +236,19 @@ def _compare(loaded: Loaded, records: Mapping[str, Record], prompts: Mapping[str
                     index for index, pair in enumerate(zip(expected, other, strict=True)) if len(set(pair)) > 1
                 )
                 text = prompts[prompt].ids + expected[:index]
-                record.divergences[prompt] = Divergence(prompt, index, _margin(loaded, text))
+                if not record.lossy:
+                    record.divergences[prompt] = Divergence(prompt, index, _margin(loaded, text))
+            if record.lossy:
+                record.disagreement[prompt] = _disagreement(loaded, prompts[prompt].ids, runs[0].tokens)
+
+
+@torch.inference_mode()
+def _disagreement(loaded: Loaded, prompt: list[int], tokens: list[int]) -> float:
+    """Share of the tokens after the first that are not the most probable ones of the model's own forward."""
+    model: Any = loaded.model
+    ids = torch.tensor([[*prompt, *tokens]], device=model.get_input_embeddings().weight.device)
+    own = model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt) :].argmax(-1)
+    return float((own != ids[0, len(prompt) + 1 :]).double().mean())
 
 
 @torch.inference_mode()

@@ -49,6 +49,9 @@ def _lines(report: BenchReport) -> Iterator[str]:
     if slowest:
         quarters = "; ".join(f"{row.method} {row.slowest_quarter:.2f}" for row in slowest)
         yield f"times plain on the slowest quarter of the prompts: {quarters}"
+    lossy = [row for row in report.rows if row.domain == AVERAGE and row.disagreement is not None]
+    for row in lossy:
+        yield f"{row.method}: {row.disagreement:.1%} of the tokens are not the model's own after the same prefix"
     for row in report.rows:
         for gap in row.divergences if row.domain == AVERAGE else ():
             yield f"{row.method} leaves the plain text of {gap.prompt} at token {gap.index}, margin {gap.margin:.2g}"
