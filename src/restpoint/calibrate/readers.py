@@ -48,7 +48,7 @@ def candidate_layers(depth: int, options: ReadOptions) -> tuple[int, ...]:
     """
     if not all(0 <= layer < depth for layer in options.layers):
         raise RestpointError(f"layers is {options.layers}; each must lie between 0 and {depth - 1}")
-    return options.layers or tuple(sorted({max(1, round(share * depth)) for share in _DEPTHS}))
+    return options.layers or tuple(sorted({min(max(1, round(share * depth)), depth - 1) for share in _DEPTHS}))
 
 
 def fit_predictors(

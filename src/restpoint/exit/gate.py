@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Gate(Signal):
         return {"kind": self.kind, "layers": list(self.layers)}, tensors
 
     @classmethod
-    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Gate":
         """From what `state` gave."""
         return cls(
             tuple(config["layers"]), tensors["weights"], tensors["directions"], tensors["bias"], tensors["centres"]

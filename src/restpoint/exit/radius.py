@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -81,7 +81,7 @@ class RestRadius(Signal):
         return own, {"edges": self.edges.contiguous(), "radii": self.radii.contiguous()} | given
 
     @classmethod
-    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RestRadius":
         """From what `state` gave."""
         prefix = "binned_by."
         given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

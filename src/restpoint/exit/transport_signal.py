@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Float64
@@ -57,7 +57,7 @@ class TransportCost(Signal):
         return {"kind": self.kind, "support": self.support}, {}
 
     @classmethod
-    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "TransportCost":
         """From what `state` gave."""
         return cls(config["support"])
 

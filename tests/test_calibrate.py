@@ -1,0 +1,274 @@
+"""Calibration: text dealt out, losses held against the full model, certificates that bind, exits in use."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from restpoint import bundled
+from restpoint.calibrate import run as calibration
+from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
+from restpoint.calibrate.options import CalibrateOptions, ReadOptions, SweepOptions
+from restpoint.calibrate.passages import deal
+from restpoint.calibrate.readers import candidate_layers
+from restpoint.calibrate.run import CalibrateReport, calibrate
+from restpoint.decode.settings import SamplingSettings
+from restpoint.errors import RestpointError
+from restpoint.exit.engine import ExitTarget
+from restpoint.exit.losses import Disagreement, Outcome
+from restpoint.exit.policy import ExitPolicy, document_hash
+from restpoint.exit.registry import SIGNALS
+from restpoint.exit.rules import PositionRule, ThresholdRule
+from restpoint.exit.view import Readout
+from restpoint.generate import Decoder
+from restpoint.model.layered import LayeredModel
+from restpoint.model.load import Loaded, load
+from restpoint.profile import Profile
+
+SMALL = CalibrateOptions(
+    epsilon=0.3,
+    signal="max-p",
+    layers=(12, 14),
+    lens=True,
+    sequences=30,
+    prompt_tokens=8,
+    new_tokens=12,
+    batch=30,
+    fit_tokens=1000,
+)
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return Profile.load(bundled.PROFILE_PATH)
+
+
+@pytest.fixture(scope="module")
+def report(reference: Loaded, profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> CalibrateReport:
+    return calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path_factory.mktemp("calibrated"))
+
+
+# --- text ---
+
+
+def test_no_document_serves_two_ends(reference: Loaded) -> None:
+    options = ReadOptions(prompt_tokens=16, fit_tokens=20_000)
+    texts = list(bundled.fit_texts())
+    dealt = deal(texts, reference.tokenizer, options, tune=60, judge=80)
+    assert (len(dealt.tune), len(dealt.judge)) == (60, 80)
+    by_prompt = {}
+    for text in texts:
+        ids = list(reference.tokenizer(text).input_ids)
+        for start in range(0, len(ids) - 15, 64):
+            by_prompt.setdefault(tuple(ids[start : start + 16]), text)
+    tune, judge = ({by_prompt[tuple(prompt)] for prompt in own} for own in (dealt.tune, dealt.judge))
+    assert len(judge) == dealt.sources
+    assert not tune & judge
+    assert not (tune | judge) & set(dealt.fit)
+    assert {document_hash(text) for text in tune | judge | set(dealt.fit)} <= set(dealt.documents)
+    with pytest.raises(RestpointError, match=r"^text: it gives .* 500 are needed to judge on"):
+        deal(texts[:20], reference.tokenizer, options, tune=60, judge=500)
+
+
+# --- losses ---
+
+
+def test_outcomes_are_those_of_the_full_model_after_the_same_prefix(reference: Loaded) -> None:
+    layered = LayeredModel(reference.model)
+    rule = ThresholdRule("max-p", 0.6, (8, 12))
+    prompts = [reference.tokenizer(prompt.text).input_ids[:20] for prompt in bundled.prompts()[:5]]
+    target = ExitTarget(layered, rule, Readout(layered), SIGNALS["max-p"])
+    decoded = decode_with_exits(target, prompts, 10, frozenset(), batch=3)
+    assert decoded.tokens == 45
+    assert 8 < decoded.mean_depth < 16
+    calls = 0
+    for prompt, outcome in zip(prompts, decoded.outcomes, strict=True):
+        assert outcome is not None
+        alone = Decoder(reference, exits=ExitPolicy(rule, {}, SIGNALS["max-p"]))
+        pieces = list(alone.stream(prompt, max_tokens=10, ignore_end=True))
+        tokens = [token for piece in pieces for token in piece.round.tokens]
+        calls += sum(piece.round.layer_calls for piece in pieces[1:])
+        assert tokens[1:] == outcome.tokens.tolist()
+        ids = torch.tensor([prompt + tokens])
+        out = reference.model(ids, output_hidden_states=True)
+        full = out.logits[0, len(prompt) : -1].log_softmax(-1)
+        assert outcome.full_tokens.tolist() == full.argmax(-1).tolist()
+        np.testing.assert_allclose(outcome.full_log_probability, full[torch.arange(9), ids[0, -9:]], atol=1e-4)
+        for place, piece in enumerate(pieces[1:]):
+            depth = piece.round.depth
+            hidden = out.hidden_states[depth][:, len(prompt) + place]
+            law = (out.logits[:, len(prompt) + place] if depth == 16 else layered.logits(hidden[None])[0]).log_softmax(
+                -1
+            )
+            assert outcome.log_probability[place] == pytest.approx(float(law[0, tokens[place + 1]]), abs=1e-4)
+        expected = np.mean(outcome.tokens != outcome.full_tokens)
+        assert Disagreement()(outcome) == expected
+    assert decoded.layer_calls < calls, "a batch shares passes"
+    assert losses_of(decoded, Disagreement()).shape == (5,)
+
+
+def test_a_text_that_ends_at_once_loses_nothing(reference: Loaded) -> None:
+    layered = LayeredModel(reference.model)
+    target = ExitTarget(layered, PositionRule(8, 8), Readout(layered))
+    prompt = reference.tokenizer("Once upon a time").input_ids
+    first = int(reference.model(torch.tensor([prompt])).logits[0, -1].argmax())
+    decoded = decode_with_exits(target, [prompt], 10, frozenset([first]), batch=1)
+    assert decoded.outcomes == [None]
+    assert losses_of(decoded, Disagreement()).tolist() == [0.0]
+
+
+# --- certificates ---
+
+
+def test_a_calibration_writes_what_it_found(report: CalibrateReport, reference: Loaded, tmp_path: Path) -> None:
+    certificate = report.policy.certificate
+    assert certificate is not None
+    assert report.selection.index is not None
+    assert certificate.mean_loss == pytest.approx(report.mean_losses[report.selection.index])
+    assert certificate.mean_loss < certificate.upper_bound <= 0.3
+    assert report.thresholds == tuple(sorted(report.thresholds, reverse=True))
+    assert report.policy.rule == ThresholdRule("max-p", report.thresholds[report.selection.index], (12, 14))
+    assert "at most 0.3 with probability 0.9" in certificate.promise
+    report.profile.save(tmp_path)
+    exits = Profile.load(tmp_path).exits
+    assert exits is not None
+    assert (exits.rule, exits.certificate, exits.monitor) == (
+        report.policy.rule,
+        certificate,
+        report.policy.monitor,
+    )
+    decoder = Decoder(reference, Profile.load(tmp_path), exits=True)
+    assert any(certificate.promise in note for note in decoder.notes)
+    generation = decoder.generate("Once upon a time", max_tokens=20)
+    assert generation.statistics.new_tokens == 20
+    batch = decoder.generate_batch(["Once upon a time", "def main("], max_tokens=12)
+    assert batch[0].tokens == generation.tokens[:12]
+    sampled = decoder.generate("Once upon a time", SamplingSettings(temperature=1.0), max_tokens=5)
+    assert len(sampled.tokens) == 5
+
+
+def test_a_certificate_binds(report: CalibrateReport, reference: Loaded, profile: Profile) -> None:
+    policy = report.policy
+    half = load(dtype="bfloat16", device="cpu")
+    with pytest.raises(RestpointError, match=r"^dtype: the exits were calibrated in float32 and the model is in bfl"):
+        Decoder(half, report.profile, exits=True)
+    with pytest.raises(RestpointError, match=r"^profile: its exits were calibrated with other predictors"):
+        replace(policy, signal=SIGNALS["kl"]).target(LayeredModel(reference.model))
+    certificate = policy.certificate
+    assert certificate is not None
+    seen = next(iter(bundled.fit_texts()))
+    with pytest.raises(RestpointError, match=r"^text: a document of it was calibrated on"):
+        certificate.require_unseen(["Another text.", f"  {seen}\n"])
+    certificate.require_unseen([prompt.text for prompt in bundled.prompts()])
+    with pytest.raises(RestpointError, match=r"^exits: the profile has none"):
+        Decoder(reference, profile, exits=True)
+    with pytest.raises(RestpointError, match=r"^exits: early exits and drafters exclude each other"):
+        Decoder(reference, report.profile, ("lookup",), exits=True)
+    with pytest.raises(RestpointError, match=r"^exits: compiled passes run all layers"):
+        Decoder(reference, report.profile, compile=True, exits=True)
+
+
+def test_a_prompt_unlike_the_calibration_is_warned_of(report: CalibrateReport, reference: Loaded) -> None:
+    monitor = report.policy.monitor
+    assert monitor is not None
+    assert len(monitor.calibration) == 30
+    more = replace(report.policy, monitor=replace(monitor, calibration=tuple(np.linspace(0.4, 0.5, 199))))
+    decoder = Decoder(reference, report.profile, exits=more)
+    assert decoder.unfamiliar([5]) is None, "too short to tell"
+    strange = decoder.unfamiliar("1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1")
+    assert strange is not None
+    assert "unlike the text that the exits were calibrated on" in strange
+
+
+def test_an_interrupted_calibration_goes_on(
+    report: CalibrateReport, reference: Loaded, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = calibration.decode_with_exits
+    seen: list[float] = []
+
+    def stopping(after: int) -> Callable:
+        def decoding(target: ExitTarget, *args: object) -> object:
+            if len(seen) == after:
+                raise KeyboardInterrupt
+            assert isinstance(target.rule, ThresholdRule)
+            seen.append(target.rule.threshold)
+            return decode(target, *args)
+
+        return decoding
+
+    assert len(report.thresholds) > 2
+    monkeypatch.setattr(calibration, "decode_with_exits", stopping(2))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path)
+    with pytest.raises(RestpointError, match=r"^output: .* unfinished calibration of other text, options"):
+        calibrate(reference, bundled.fit_texts(), profile, replace(SMALL, epsilon=0.31), tmp_path)
+    monkeypatch.setattr(calibration, "decode_with_exits", stopping(-1))
+    again = calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path)
+    assert tuple(seen) == report.thresholds, "no threshold is decoded with twice"
+    assert again.policy.rule == report.policy.rule
+    assert again.mean_losses == report.mean_losses
+    assert not (tmp_path / "calibration.safetensors").exists()
+
+
+def test_no_threshold_may_qualify(reference: Loaded, profile: Profile, tmp_path: Path) -> None:
+    def always(outcome: Outcome) -> float:
+        return 0.25
+
+    found = calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path, loss=always)
+    assert found.selection.index is None or found.mean_losses[0] == 0.25
+    hard = replace(SMALL, epsilon=0.26)
+    found = calibrate(reference, bundled.fit_texts(), profile, hard, tmp_path, loss=always)
+    assert found.selection.index is None
+    assert found.selection.needed_sequences is not None
+    assert found.selection.needed_sequences > 30
+    assert found.profile.exits is None
+    assert Profile.load(tmp_path).exits is None
+
+    def wrong(outcome: Outcome) -> float:
+        return 1.5
+
+    with pytest.raises(RestpointError, match=r"^loss: wrong gave 1.5"):
+        calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path, loss=wrong)
+
+
+def test_what_cannot_be_calibrated_is_refused(reference: Loaded, profile: Profile, tmp_path: Path) -> None:
+    for message, options in (
+        (r"^epsilon is 0", {"epsilon": 0.0}),
+        (r"^delta is 1", {"delta": 1.0}),
+        (r"^sequences is 30; epsilon=0.01 at delta=0.1 needs \d+ at least", {"epsilon": 0.01}),
+        (r"^layers is \(12, 16\); each must lie between 0 and 15", {"layers": (12, 16)}),
+        (r"^signal.*max-q", {"signal": "max-q"}),
+        (r"^loss.*agreement", {"loss": "agreement"}),
+        (r"^method.*coin", {"method": "coin"}),
+    ):
+        with pytest.raises(RestpointError, match=message):
+            calibrate(reference, bundled.fit_texts(), profile, replace(SMALL, **options), tmp_path)
+    for message, make in (
+        (r"^new_tokens is 1", lambda: ReadOptions(new_tokens=1)),
+        (r"^batch is 0", lambda: ReadOptions(batch=0)),
+        (r"^features is -1", lambda: ReadOptions(features=-1)),
+        (r"^layers is \(3, 2\)", lambda: ReadOptions(layers=(3, 2))),
+        (r"^catch_up is 'late'", lambda: CalibrateOptions(catch_up="late")),
+        (r"^most_layers is 0", lambda: CalibrateOptions(most_layers=0)),
+        (r"^sequences is 1", lambda: SweepOptions(sequences=1)),
+        (r"^disagreements is \(1.0,\)", lambda: SweepOptions(disagreements=(1.0,))),
+    ):
+        with pytest.raises(RestpointError, match=message):
+            make()
+    assert candidate_layers(16, ReadOptions()) == (4, 8, 10, 11, 12, 13)
+    assert candidate_layers(2, ReadOptions()) == (1,)
+
+
+def test_kept_losses_are_of_one_recipe(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, {"seed": 1})
+    kept.add(0.9, np.array([0.0, 0.25]), 12.5)
+    again = Kept(tmp_path, {"seed": 1})
+    assert again.done[0.9][0].tolist() == [0.0, 0.25]
+    assert again.done[0.9][1] == 12.5
+    with pytest.raises(RestpointError, match=r"^output: "):
+        Kept(tmp_path, {"seed": 2})
+    assert json.loads(kept.recipe) == {"seed": 1}
