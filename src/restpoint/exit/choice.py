@@ -100,7 +100,7 @@ def compare(
     seconds = {name: curve.seconds @ shares for name, curve in curves.items() if curve.seconds is not None}
     found: list[Comparison] = []
     for most in disagreements:
-        least = {name: _least(*own, most, curves[name].depth) for name, own in means.items()}
+        least = {name: _least(*own, most, float(curves[name].depth)) for name, own in means.items()}
         for name, curve in curves.items():
             wrong, seen = means[name]
             saved = curve.depth - least[name]

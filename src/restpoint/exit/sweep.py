@@ -249,7 +249,8 @@ def _outcome(
     """Means over each sequence's tokens, for tokens that stop at candidate layers of these numbers."""
     none = torch.zeros_like(traces.margin)[..., None]
     wrong = torch.cat([~traces.agrees, none.bool()], -1).double()
-    lost = torch.cat([traces.full_log_probability[..., None] - traces.log_probability, none], -1).double()
+    lost = traces.full_log_probability[..., None].double() - traces.log_probability.double()
+    lost = torch.cat([lost, none.double()], -1)
 
     def at_exits(values: Float64[Tensor, "sequences tokens ways"]) -> Float64[Tensor, "points sequences"]:
         return values.expand(len(exits), -1, -1, -1).gather(-1, exits[..., None])[..., 0].mean(-1)
@@ -260,7 +261,7 @@ def _outcome(
     seconds = run * blocks[1]
     before = torch.ones_like(exits)
     for width, taken in _passes(traces, exits):
-        run += width * taken.sum(-1) / tokens
+        run += width * taken.double().mean(-1)
         if costs is not None:
             seconds += width * blocks[taken].mean(-1) + costs.joining * (taken > before).double().mean(-1)
         before = torch.where(taken > 0, taken, before)
