@@ -4,7 +4,7 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -17,13 +17,25 @@ from restpoint.decode.loop import Stopping, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.errors import RestpointError
+from restpoint.evaluate import exit_chart
 from restpoint.exit.bootstrap import RESAMPLES, percentile_intervals, resampled_shares
 from restpoint.exit.choice import choose_layers, compare
 from restpoint.exit.costs import ExitCosts, measure_exit_costs
 from restpoint.exit.engine import ExitTarget
 from restpoint.exit.rules import PositionRule, ThresholdRule
 from restpoint.exit.signals import MaxProbability, RelativeStep, Signal
-from restpoint.exit.sweep import NEVER, Curve, fixed, oracle, sweep, sweeps, thresholds_of
+from restpoint.exit.sweep import (
+    LASTING_ORACLE,
+    NEVER,
+    ORACLE,
+    STATIC,
+    Curve,
+    fixed,
+    oracle,
+    sweep,
+    sweeps,
+    thresholds_of,
+)
 from restpoint.exit.traces import Traces, record_traces
 from restpoint.exit.view import Readout, View
 from restpoint.model.layered import LayeredModel
@@ -522,6 +534,35 @@ def test_layers_run_are_counted_as_the_engine_counts_them(reference: Loaded) -> 
     run = float(curve.layers_run[point, 0]) * 48
     assert layered.work.token_layers - before == pytest.approx(run)
     assert 48 * float(curve.layers_seen[point, 0]) < run < 48 * layered.depth
+
+
+@pytest.mark.parametrize("shows", ["layers", "speed"])
+def test_a_chart_is_drawn(tmp_path: Path, shows: Literal["layers", "speed"]) -> None:
+    traces = synthetic()
+    curves = {**sweeps(traces, COSTS, 20), ORACLE: oracle(traces, COSTS, budgets=(0.0, 0.1, 0.2))}
+    few = {**curves, LASTING_ORACLE: oracle(traces, COSTS, lasting=True), STATIC: fixed(traces, COSTS)}
+    many = curves | {f"signal {number}": replace(curves["max-p"], name=f"signal {number}") for number in range(12)}
+    drawn = []
+    for name, own in (("few.svg", few), ("many.svg", many)):
+        exit_chart.draw(own, tmp_path / name, shows=shows, most=0.5, model="a model")
+        drawn.append((tmp_path / name).read_text())
+    assert [text.count("<!-- signal ") for text in drawn] == [0, 12]
+    for label in ("max-p", "relative-step", "oracle (ceiling)", "lasting oracle, none differs", "static depth"):
+        assert f"<!-- {label} -->" in drawn[0]
+    exit_chart.draw(curves, tmp_path / "one.png", shows=shows)
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chart_of_nothing_is_refused(tmp_path: Path) -> None:
+    curves = sweeps(synthetic(), thresholds=9)
+    with pytest.raises(RestpointError, match="plot"):
+        exit_chart.draw(curves, tmp_path / "chart.txt")
+    with pytest.raises(RestpointError, match="curves"):
+        exit_chart.draw({}, tmp_path / "chart.png")
+    with pytest.raises(RestpointError, match="most"):
+        exit_chart.draw(curves, tmp_path / "chart.png", most=0.0)
+    with pytest.raises(RestpointError, match="no speed"):
+        exit_chart.draw(curves, tmp_path / "chart.png", shows="speed")
 
 
 def test_costs_are_measured_and_go_on_beyond_what_was() -> None:

@@ -98,20 +98,23 @@ class Curve:
         return [replace(point, speed=speed) for point, speed in zip(found, speeds, strict=True)]
 
 
-def sweep(traces: Traces, signal: str, costs: ExitCosts | None = None, thresholds: int = _THRESHOLDS) -> Curve:
+def sweep(
+    traces: Traces, signal: str, costs: ExitCosts | None = None, thresholds: int | Sequence[float] = _THRESHOLDS
+) -> Curve:
     """Stop at the first candidate layer where the signal's confidence >= threshold, for many thresholds.
 
     Args:
         traces: of any candidate layers.
         signal: its name.
         costs: what to tell the expected speed by.
-        thresholds: how many at most: quantiles of the confidences, besides 0 (always stop) and `NEVER`.
+        thresholds: how many at most: quantiles of the confidences, besides 0 (always stop) and `NEVER`. Or these
+            themselves, ascending.
 
     Raises:
         RestpointError: the signal was not recorded, or not measured.
     """
     confidence = traces.confidence(signal)
-    settings = thresholds_of(confidence, thresholds)
+    settings = thresholds_of(confidence, thresholds) if isinstance(thresholds, int) else tuple(thresholds)
     return _curve(traces, signal, settings, lambda some: first_exits(confidence, some), costs, signal)
 
 
