@@ -183,8 +183,9 @@ def check_traces(traces: Traces, number: int, expected: list[dict]) -> None:
             assert values[number, :, at].tolist() == pytest.approx([each[name] for each in own], abs=2e-5)
 
 
-def test_traces_are_those_of_whole_passes_by_the_model_itself() -> None:
-    model = build("llama")
+@pytest.mark.parametrize("family", ["llama", "mistral", "olmo2"])
+def test_traces_are_those_of_whole_passes_by_the_model_itself(family: str) -> None:
+    model = build(family)
     layered = LayeredModel(model)
     prompts = [[5, 17, 33, 60, 8], [7, 9], [11, 3, 50, 71, 2, 90, 14, 15]]
     told: list[tuple[str, int, int]] = []
@@ -608,5 +609,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         oracle(traces, budgets=(2.0,))
     with pytest.raises(RestpointError, match="count"):
         choose_layers(traces, COSTS, "max-p", 0.1, 0)
+    with pytest.raises(RestpointError, match="epsilon"):
+        choose_layers(traces, COSTS, "max-p", -0.1)
     with pytest.raises(RestpointError, match="confidence is outside"):
         replace(traces, confidences={"max-p": traces.confidences["max-p"] * torch.nan})

@@ -140,10 +140,12 @@ def choose_layers(
         thresholds: quantiles tried for each subset.
 
     Raises:
-        RestpointError: the signal was not recorded or not measured, or count is below 1.
+        RestpointError: the signal was not recorded or not measured, count is below 1, or epsilon is outside [0, 1].
     """
     if count < 1:
         raise RestpointError(f"count is {count}; choose at least 1 layer")
+    if not 0 <= epsilon <= 1:
+        raise RestpointError(f"epsilon is {epsilon}; give a share of tokens between 0 and 1")
     best = LayerChoice(signal, (), NEVER, 1.0, float(traces.depth), 0.0)
     for size in range(1, min(count, len(traces.layers)) + 1):
         for places in itertools.combinations(range(len(traces.layers)), size):

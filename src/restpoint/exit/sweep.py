@@ -2,7 +2,8 @@
 
 All is told from traces at full depth, token by token on the full model's text. For rules whose later tokens miss
 nothing (exact catch-up, and depths that only fall) a token of which all earlier ones agree stops exactly where the
-sweep says. After a token that differs, decoding goes on with another text, and a sweep says what to expect of it.
+sweep says. After a token that differs, decoding goes on with another text, and a sweep says what to expect of it. With
+propagated keys later tokens see other states than these, so that no sweep can tell.
 """
 
 import itertools
