@@ -540,7 +540,7 @@ def test_layers_run_are_counted_as_the_engine_counts_them(reference: Loaded) -> 
 @pytest.mark.parametrize("shows", ["layers", "speed"])
 def test_a_chart_is_drawn(tmp_path: Path, shows: Literal["layers", "speed"]) -> None:
     traces = synthetic()
-    curves = {**sweeps(traces, COSTS, 20), ORACLE: oracle(traces, COSTS, budgets=(0.0, 0.1, 0.2))}
+    curves = {**sweeps(traces, COSTS, 7), ORACLE: oracle(traces, COSTS, budgets=(0.0, 0.1, 0.2))}
     few = {**curves, LASTING_ORACLE: oracle(traces, COSTS, lasting=True), STATIC: fixed(traces, COSTS)}
     many = curves | {f"signal {number}": replace(curves["max-p"], name=f"signal {number}") for number in range(12)}
     drawn = []
