@@ -10,8 +10,8 @@ from restpoint.evaluate.rows import AVERAGE, BenchReport, Row
 FORMATS = (".png", ".svg", ".pdf")
 
 # Okabe and Ito, "Color Universal Design", 2008: told apart with any colour vision, and by lightness in print.
-_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73")
-_OWN_COLOUR = "#D55E00"
+COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#009E73")
+OWN_COLOUR = "#D55E00"
 _BASELINE = "restpoint plain"
 _OWN = "restpoint"
 _BAR_SHARE = 0.84
@@ -49,7 +49,7 @@ def draw(report: BenchReport, path: Path | str) -> None:
     axes = figure.add_subplot()
     others = [method for method in methods if method != _OWN]
     for place, (method, rows) in enumerate(methods.items()):
-        colour = _OWN_COLOUR if method == _OWN else _COLOURS[others.index(method) % len(_COLOURS)]
+        colour = OWN_COLOUR if method == _OWN else COLOURS[others.index(method) % len(COLOURS)]
         _bars(axes, rows, domains, place, len(methods), colour)
     plain = next(row for row in report.rows if row.method == _BASELINE and row.domain == AVERAGE)
     name = f"{_BASELINE} ({plain.tokens_per_second:.0f} tokens/s)"

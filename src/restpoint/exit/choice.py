@@ -12,7 +12,7 @@ from restpoint.errors import RestpointError
 from restpoint.exit.bootstrap import Estimate, estimates, resampled_shares
 from restpoint.exit.costs import ExitCosts
 from restpoint.exit.rules import ThresholdRule
-from restpoint.exit.sweep import NEVER, Curve, sweep
+from restpoint.exit.sweep import NEVER, Curve, sweep, thresholds_of
 from restpoint.exit.traces import Traces
 
 _THRESHOLDS = 64
@@ -100,7 +100,7 @@ def compare(
     seconds = {name: curve.seconds @ shares for name, curve in curves.items() if curve.seconds is not None}
     found: list[Comparison] = []
     for most in disagreements:
-        least = {name: _least(*own, most, curves[name].depth) for name, own in means.items()}
+        least = {name: _least(*own, most, float(curves[name].depth)) for name, own in means.items()}
         for name, curve in curves.items():
             wrong, seen = means[name]
             saved = curve.depth - least[name]
@@ -140,20 +140,24 @@ def choose_layers(
         thresholds: quantiles tried for each subset.
 
     Raises:
-        RestpointError: the signal was not recorded or not measured, or count is below 1.
+        RestpointError: the signal was not recorded or not measured, count is below 1, or epsilon is outside [0, 1].
     """
     if count < 1:
         raise RestpointError(f"count is {count}; choose at least 1 layer")
+    if not 0 <= epsilon <= 1:
+        raise RestpointError(f"epsilon is {epsilon}; give a share of tokens between 0 and 1")
     best = LayerChoice(signal, (), NEVER, 1.0, float(traces.depth), 0.0)
     for size in range(1, min(count, len(traces.layers)) + 1):
         for places in itertools.combinations(range(len(traces.layers)), size):
             if signal in traces.comparing and places != tuple(range(size)):
                 continue
-            curve = sweep(_only(traces, places, signal), signal, costs, thresholds)
+            some = _only(traces, places, signal)
+            settings = _faithful(some, signal, thresholds_of(some.confidence(signal), thresholds), epsilon)
+            curve = sweep(some, signal, costs, settings)
             assert curve.seconds is not None
             assert curve.plain_seconds is not None
             wrong = curve.disagreement.mean(-1)
-            seconds = torch.where(_kept(wrong, epsilon), curve.seconds.mean(-1), torch.inf)
+            seconds = curve.seconds.mean(-1)
             at = int(seconds.argmin())
             speed = curve.plain_seconds / float(seconds[at])
             if speed > best.speed:
@@ -172,6 +176,22 @@ def _only(traces: Traces, places: Sequence[int], signal: str) -> Traces:
         agrees=traces.agrees[..., chosen],
         log_probability=traces.log_probability[..., chosen],
     )
+
+
+def _faithful(traces: Traces, signal: str, settings: Sequence[float], most: float) -> list[float]:
+    """Thresholds at which at most a share of tokens differs: by counting, which costs less than to run through texts.
+
+    Exits at a layer are those between the highest confidence before it and the highest up to it.
+    """
+    asked = torch.tensor(settings, dtype=torch.float64)
+    edges = torch.searchsorted(asked, traces.confidence(signal).cummax(-1).values.double(), right=True)
+    begins = torch.nn.functional.pad(edges[..., :-1], (1, 0))
+    changes = torch.zeros(len(settings) + 1, dtype=torch.float64)
+    for places, sign in ((begins, 1.0), (edges, -1.0)):
+        wrong = places[~traces.agrees]
+        changes.index_add_(0, wrong, torch.full(wrong.shape, sign, dtype=torch.float64))
+    kept = _kept(changes.cumsum(0)[:-1] / traces.tokens.numel(), most)
+    return [setting for setting, keeps in zip(settings, kept.tolist(), strict=True) if keeps]
 
 
 def _kept(disagreement: Tensor, most: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 All is told from traces at full depth, token by token on the full model's text. For rules whose later tokens miss
 nothing (exact catch-up, and depths that only fall) a token of which all earlier ones agree stops exactly where the
-sweep says. After a token that differs, decoding goes on with another text, and a sweep says what to expect of it.
+sweep says. After a token that differs, decoding goes on with another text, and a sweep says what to expect of it. With
+propagated keys later tokens see other states than these, so that no sweep can tell.
 """
 
 import itertools
@@ -98,20 +99,23 @@ class Curve:
         return [replace(point, speed=speed) for point, speed in zip(found, speeds, strict=True)]
 
 
-def sweep(traces: Traces, signal: str, costs: ExitCosts | None = None, thresholds: int = _THRESHOLDS) -> Curve:
+def sweep(
+    traces: Traces, signal: str, costs: ExitCosts | None = None, thresholds: int | Sequence[float] = _THRESHOLDS
+) -> Curve:
     """Stop at the first candidate layer where the signal's confidence >= threshold, for many thresholds.
 
     Args:
         traces: of any candidate layers.
         signal: its name.
         costs: what to tell the expected speed by.
-        thresholds: how many at most: quantiles of the confidences, besides 0 (always stop) and `NEVER`.
+        thresholds: how many at most: quantiles of the confidences, besides 0 (always stop) and `NEVER`. Or these
+            themselves, ascending.
 
     Raises:
         RestpointError: the signal was not recorded, or not measured.
     """
     confidence = traces.confidence(signal)
-    settings = thresholds_of(confidence, thresholds)
+    settings = thresholds_of(confidence, thresholds) if isinstance(thresholds, int) else tuple(thresholds)
     return _curve(traces, signal, settings, lambda some: first_exits(confidence, some), costs, signal)
 
 
@@ -249,7 +253,8 @@ def _outcome(
     """Means over each sequence's tokens, for tokens that stop at candidate layers of these numbers."""
     none = torch.zeros_like(traces.margin)[..., None]
     wrong = torch.cat([~traces.agrees, none.bool()], -1).double()
-    lost = torch.cat([traces.full_log_probability[..., None] - traces.log_probability, none], -1).double()
+    lost = traces.full_log_probability[..., None].double() - traces.log_probability.double()
+    lost = torch.cat([lost, none.double()], -1)
 
     def at_exits(values: Float64[Tensor, "sequences tokens ways"]) -> Float64[Tensor, "points sequences"]:
         return values.expand(len(exits), -1, -1, -1).gather(-1, exits[..., None])[..., 0].mean(-1)
@@ -260,7 +265,7 @@ def _outcome(
     seconds = run * blocks[1]
     before = torch.ones_like(exits)
     for width, taken in _passes(traces, exits):
-        run += width * taken.sum(-1) / tokens
+        run += width * taken.double().mean(-1)
         if costs is not None:
             seconds += width * blocks[taken].mean(-1) + costs.joining * (taken > before).double().mean(-1)
         before = torch.where(taken > 0, taken, before)
