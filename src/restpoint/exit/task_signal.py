@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ class TaskSaturation(Signal):
     bias: Float[Tensor, " tasks"]
 
     @classmethod
-    def of(cls, probe: Probe) -> Self:
+    def of(cls, probe: Probe) -> "TaskSaturation":
         """The signal of a fitted probe."""
         return cls(probe.mean.float(), (probe.weights / probe.scale[:, None]).float(), probe.bias.float())
 
@@ -53,6 +53,6 @@ class TaskSaturation(Signal):
         return {"kind": self.kind}, {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     @classmethod
-    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+    def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "TaskSaturation":
         """From what `state` gave."""
         return cls(tensors["mean"], tensors["weights"], tensors["bias"])
