@@ -583,7 +583,7 @@ def test_the_radius_covers_over_random_splits_of_the_bundled_models_states(refer
     generator = torch.Generator().manual_seed(0)
     outside = torch.zeros(len(layers))
     tested = kept = 0
-    splits, fitted_on = 10, 300
+    splits, fitted_on = 6, 300
     for split in range(splits):
         order = torch.randperm(len(states), generator=generator)
         signal = fit_radius(
