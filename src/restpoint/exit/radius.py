@@ -130,7 +130,7 @@ def fit_radius(
         readout: which will be used.
         alpha: share of texts in which the radius may be exceeded.
         bins: of the cheap signal, with about as many tokens each.
-        binned_by: the cheap signal; the relative step if None.
+        binned_by: the cheap signal, not fitted on these texts; the relative step if None.
         keeps: what is to stay: the law, up to a bound, or the top token only.
         seed: of the tokens drawn.
 
