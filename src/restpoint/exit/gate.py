@@ -5,21 +5,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
-from scipy.optimize import minimize
 from torch import Tensor
+from torch.nn import functional
 
 from restpoint.errors import RestpointError
 from restpoint.exit.recorded import blocks_of
 from restpoint.exit.signals import Signal, accelerations, relative_step, unknown
 from restpoint.exit.view import Readout, View
 
-QUANTITIES = ("max-p", "margin", "entropy", "relative-step", "acceleration", "agreement", "distance")
+QUANTITIES = (
+    "max-p",
+    "margin",
+    "logit-margin",
+    "entropy",
+    "relative-step",
+    "acceleration",
+    "agreement",
+    "distance",
+)
 """What the gate reads besides the state, in the order of :func:`quantities`."""
 
 _LEAST = 1e-6  # below it, probabilities and relative steps in float32 are rounding
+_STEPS = 50
+_FLAT = 1e-9  # a gradient below it is none
 _PENALTY = 1e-4
 """Of the weights of standardised quantities: they are few, it only keeps them finite where labels are separable."""
 
@@ -81,9 +91,9 @@ class Gate(Signal):
 def quantities(view: View, away: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows quantities"]:
     """What the gate reads, in the order of `QUANTITIES`.
 
-    log(p / (1 - p)) of the largest probability p; the logarithm of its lead on the second; the entropy in nats; the
-    logarithm of the relative step; the acceleration a_l; 1 where the candidate layer before has the same top token,
-    else 0; log ‖h_l - m‖. What needs more layers than there are is 0.
+    log(p / (1 - p)) of the largest probability p; the logarithm of its lead on the second; the lead of its logit;
+    the entropy in nats; the logarithm of the relative step; the acceleration a_l; 1 where the candidate layer before
+    has the same top token, else 0; log ‖h_l - m‖. What needs more layers than there are is 0.
 
     Args:
         view: of tokens at a candidate layer.
@@ -94,6 +104,7 @@ def quantities(view: View, away: Float[Tensor, "rows hidden"]) -> Float[Tensor, 
     columns = [
         first.logit(eps=_LEAST),
         (first - second).clamp_min(_LEAST).log(),
+        (first / second.clamp_min(_LEAST**4)).log(),
         view.entropy,
         relative_step(view).clamp_min(_LEAST).log() if view.layer > 0 else nothing,
         accelerations(view, 1)[0] if view.layer > 1 else nothing,
@@ -138,7 +149,7 @@ def fit_gate(
     penalties: tuple[float, ...] = (math.inf, 0.1, 0.03, 0.01, 0.003),
     held_out_every: int = 5,
 ) -> GateFit:
-    """Fit a logistic regression for each layer: mean of -log P(label) + penalty / 2 ‖u‖², in float64.
+    """Fit a logistic regression for each layer: mean of -log P(label) + penalty / 2 ‖u‖², in float64, by Newton steps.
 
     The label of a token is whether the readout's top token at the layer is the full model's. Inputs are standardised,
     and the penalty is on the weights of standardised ones. Each layer takes the penalty with the smallest loss on
@@ -146,7 +157,7 @@ def fit_gate(
 
     Args:
         sequences: of each text the states h_0 .. h_L of tokens such as will be met: the model's own text, prompts cut
-            off. All are held in memory: (hidden + 7) numbers for each token and layer.
+            off. All are held in memory: (hidden + 8) numbers for each token and layer.
         layers: candidate layers, ascending.
         readout: which will be used.
         penalties: to choose from; inf leaves the state out.
@@ -197,61 +208,67 @@ def _fit_layer(layer: int, examples: _Examples, penalties: tuple[float, ...]) ->
     away = states.sub_(centre)
     columns = examples.columns.double()
     columns[:, -1] = away.norm(dim=-1).clamp_min(_LEAST).log()
-    columns_mean, columns_scale = columns.mean(0), _scale(columns)
-    state_scale = _scale(away)
-    inputs = (columns - columns_mean) / columns_scale
-    own, train = (away / state_scale), ~examples.held_out
-    labels = examples.right.double()
+    inputs = torch.cat([columns, away, torch.ones_like(columns[:, :1])], -1)
+    mean, scale = inputs.mean(0), _scale(inputs)
+    mean[-1] = 0  # the bias
+    inputs = inputs.sub_(mean).div_(scale)
+    few = len(QUANTITIES)
+    labels, held_out = examples.right.double(), examples.held_out
 
-    def solve(penalty: float, some: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of all standardised inputs, and the bias."""
-        features = inputs[some] if penalty == math.inf else torch.cat([inputs[some], own[some]], -1)
-        penalties = torch.full((features.shape[1],), penalty, dtype=torch.float64)
-        penalties[: len(QUANTITIES)] = _PENALTY
-        weight, bias = logistic_regression(features, labels[some], penalties)
-        return torch.nn.functional.pad(weight, (0, len(QUANTITIES) + own.shape[1] - len(weight))), bias
+    def solve(penalty: float, rows: Tensor, own: Tensor, start: Tensor) -> Tensor:
+        """Weights of all standardised inputs, the bias last."""
+        penalties = torch.full_like(start, penalty)
+        penalties[:few], penalties[-1] = _PENALTY, 0
+        if penalty < math.inf:
+            return logistic_regression(rows, own, penalties, start)
+        some = torch.tensor([*range(few), len(start) - 1])
+        found = torch.zeros_like(start)
+        found[some] = logistic_regression(rows[:, some], own, penalties[some], start[some])
+        return found
 
-    losses = []
-    for penalty in penalties:
-        weight, bias = solve(penalty, train)
-        held = examples.held_out
-        logit = inputs[held] @ weight[: len(QUANTITIES)] + own[held] @ weight[len(QUANTITIES) :] + bias
-        losses.append(torch.nn.functional.binary_cross_entropy_with_logits(logit, labels[held]))
+    rows, own, held, held_labels = inputs[~held_out], labels[~held_out], inputs[held_out], labels[held_out]
+    weights = {math.nan: torch.zeros(inputs.shape[1], dtype=torch.float64)}
+    for penalty in sorted(penalties, reverse=True):  # each starts where a stronger one ended
+        weights[penalty] = solve(penalty, rows, own, list(weights.values())[-1])
+    losses = [functional.binary_cross_entropy_with_logits(held @ weights[each], held_labels) for each in penalties]
     loss = torch.stack(losses)
     best = penalties[int(loss.argmin())]
-    weight, bias = solve(best, torch.ones_like(train))
-    folded = weight[: len(QUANTITIES)] / columns_scale
-    return folded, weight[len(QUANTITIES) :] / state_scale, bias - folded @ columns_mean, centre, loss, best
+    weight = solve(best, inputs, labels, weights[best]) / scale
+    return weight[:few], weight[few:-1], weight[-1] - (weight * mean).sum(), centre, loss, best
 
 
 def logistic_regression(
-    features: Float64[Tensor, "tokens inputs"],
-    labels: Float64[Tensor, " tokens"],
+    inputs: Float64[Tensor, "count inputs"],
+    labels: Float64[Tensor, " count"],
     penalties: Float64[Tensor, " inputs"],
-) -> tuple[Float64[Tensor, " inputs"], Float64[Tensor, ""]]:
-    """Minimise the mean log-loss of sigmoid(x · w + b) plus ½ Σ penalty w²; returns w and b.
+    start: Float64[Tensor, " inputs"],
+) -> Float64[Tensor, " inputs"]:
+    """Minimise the mean of -log P(label), P(1) = sigmoid(x · w), plus ½ Σ penalty_i w_i², by Newton steps.
 
-    By a trust-region Newton method on the whole Hessian: a few hundred inputs of very unlike penalties take some ten
-    steps, where L-BFGS takes thousands.
+    Convex; each step is halved until the loss falls. Labels are 0 or 1; a column of ones with penalty 0 is a bias.
     """
-    lifted = torch.nn.functional.pad(features, (0, 1), value=1.0)
-    weighed = torch.nn.functional.pad(penalties, (0, 1))  # the bias is free
 
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        parameters = torch.from_numpy(flat)
-        logits = lifted @ parameters
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
-        gradient = lifted.mT @ (logits.sigmoid() - labels) / len(labels) + weighed * parameters
-        return float(loss + 0.5 * (weighed * parameters.square()).sum()), gradient.numpy()
+    def loss_at(weights: Tensor) -> Tensor:
+        loss = functional.binary_cross_entropy_with_logits(inputs @ weights, labels)
+        return loss + (penalties * weights.square()).sum() / 2
 
-    def hessian(flat: np.ndarray) -> np.ndarray:
-        chance = (lifted @ torch.from_numpy(flat)).sigmoid()
-        return ((lifted * (chance * (1 - chance) / len(labels))[:, None]).mT @ lifted + weighed.diag()).numpy()
-
-    start = np.zeros(lifted.shape[1])
-    found = minimize(objective, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": 1e-8})
-    parameters = torch.from_numpy(found.x)
-    return parameters[:-1], parameters[-1]
+    weights, loss = start, loss_at(start)
+    for _ in range(_STEPS):
+        found = torch.sigmoid(inputs @ weights)
+        gradient = inputs.mT @ (found - labels) / len(labels) + penalties * weights
+        if float(gradient.abs().max()) < _FLAT:
+            break
+        curvature = inputs.mT @ ((found * (1 - found) / len(labels))[:, None] * inputs)
+        curvature.diagonal().add_(penalties + _FLAT)  # a column that never varies has no curvature of its own
+        step = torch.linalg.solve(curvature, gradient)
+        for halving in range(30):
+            trial = weights - step / 2**halving
+            if loss_at(trial) < loss:
+                break
+        else:
+            break  # no step lowers the loss any more: rounding
+        weights, loss = trial, loss_at(trial)
+    return weights
 
 
 def _scale(columns: Float64[Tensor, "tokens inputs"]) -> Float64[Tensor, " inputs"]:

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from restpoint.equilibrium.predictors import IdentityPredictor
 from restpoint.exit.signals import Signal, unknown
 from restpoint.exit.view import View
 from restpoint.transport.variation import acceptance
@@ -46,6 +46,22 @@ class Margin(Signal):
     def confidence(self, view: View) -> Float[Tensor, " rows"]:
         """See the class."""
         return view.top_two[:, 0] - view.top_two[:, 1]
+
+
+@dataclass(frozen=True)
+class LogitMargin(Signal):
+    """1 - p_l(second) / p_l(first) = 1 - exp(-(z_1 - z_2)): the lead of the top logit, whatever mass the others have.
+
+    It orders tokens by z_1 - z_2. A predicted law is flatter than the final one, so that its probabilities underrate
+    tokens that are far ahead of a long tail. No softmax is taken.
+    """
+
+    kind: ClassVar[str] = "logit-margin"
+
+    def confidence(self, view: View) -> Float[Tensor, " rows"]:
+        """See the class."""
+        first, second = view.logits.topk(2, -1).values.unbind(-1)
+        return -torch.expm1(second - first)
 
 
 @dataclass(frozen=True)
@@ -107,9 +123,11 @@ class KullbackLeibler(Signal):
 
 @dataclass(frozen=True)
 class Disagreement(Signal):
-    """1 - TV(p_l, p'): the probability that two predictors of the final law, coupled as well as can be, agree.
+    """1 - TV(p_l, p_b), b the candidate layer before; 0 at the first one.
 
-    p' is the law of `second_law`.
+    Two predictors of one final law: the probability that draws from both agree, coupled as well as can be. The layer
+    before has been read already, so it costs nothing; the logit lens of this layer would cost the head once more, and
+    where the predictors are good it tells less.
 
     Paper:
         Leviathan, Kalman, Matias 2023, "Fast Inference from Transformers via Speculative Decoding" (1 - TV as the rate
@@ -123,16 +141,6 @@ class Disagreement(Signal):
 
     def confidence(self, view: View) -> Float[Tensor, " rows"]:
         """See the class."""
-        other = second_law(view)
-        return unknown(view) if other is None else acceptance(view.log_law.exp(), other.exp()).clamp(0, 1)
-
-
-def second_law(view: View) -> Float[Tensor, "rows vocab"] | None:
-    """The logarithm of another law of the same token, to hold against the readout's.
-
-    It is the logit lens's at this layer, which costs the model's head once more; where the readout is the lens itself,
-    the readout's at the candidate layer before. None where that is missing too.
-    """
-    if not isinstance(view.readout.predictor(view.layer), IdentityPredictor):
-        return view.readout.logits(view.state).log_softmax(-1)
-    return None if view.earlier is None else view.earlier.log_law
+        if view.earlier is None:
+            return unknown(view)
+        return acceptance(view.log_law.exp(), view.earlier.log_law.exp()).clamp(0, 1)

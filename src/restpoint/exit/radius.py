@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -13,6 +13,7 @@ from restpoint.exit.recorded import blocks_of
 from restpoint.exit.signals import RelativeStep, Signal, unknown
 from restpoint.exit.view import Readout, View
 
+Keeps = Literal["law", "token"]
 _EDGES_EVERY = 5
 """Every so many-th text gives the edges of the bins; the others, which the edges do not depend on, the radii."""
 
@@ -27,6 +28,9 @@ class RestRadius(Signal):
 
     * a margin above 2 r cannot be overtaken: z_L(first) - z_L(v) >= margin - osc(z_L - ẑ) > 0, the top token stays;
     * TV(softmax ẑ, softmax z_L) <= tanh(r / 2).
+
+    Often the token is all that must stay. ``keeps`` "token" takes d = max_v [(z_L - ẑ)(v) - (z_L - ẑ)(first)] / 2, by
+    how much the others gain upon the first: smaller, with the first of the two consequences and not the second.
 
     r is the conformal quantile of d at level 1 - alpha, in the layer and bin of the token: P(d <= r) >= 1 - alpha for a
     token drawn from a new text exchangeable with those of the fit, in each bin. That is over the draw of all of them
@@ -55,6 +59,8 @@ class RestRadius(Signal):
     """The share of texts in which the radius may be exceeded."""
     binned_by: Signal
     """The cheap signal."""
+    keeps: Keeps = "law"
+    """What does not change, or by a bounded amount, within the radius."""
 
     def radius(self, view: View) -> Float[Tensor, " rows"]:
         """The rest radius of each token; inf at layers that were not fitted."""
@@ -62,7 +68,7 @@ class RestRadius(Signal):
             return torch.full_like(unknown(view), torch.inf)
         place = self.layers.index(view.layer)
         edges, radii = self.edges[place].to(view.state.device), self.radii[place].to(view.state.device)
-        return radii[torch.bucketize(self.binned_by.confidence(view), edges)]
+        return radii[torch.bucketize(self.binned_by.confidence(view).contiguous(), edges)]
 
     def confidence(self, view: View) -> Float[Tensor, " rows"]:
         """See the class."""
@@ -76,9 +82,9 @@ class RestRadius(Signal):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See :meth:`Signal.state`; the cheap signal's tensors have names that begin with its own."""
         config, tensors = self.binned_by.state()
-        own = {"kind": self.kind, "layers": list(self.layers), "alpha": self.alpha, "binned_by": config}
+        own = {"kind": self.kind, "layers": list(self.layers), "alpha": self.alpha, "keeps": self.keeps}
         given = {f"binned_by.{name}": tensor for name, tensor in tensors.items()}
-        return own, {"edges": self.edges.contiguous(), "radii": self.radii.contiguous()} | given
+        return own | {"binned_by": config}, {"edges": self.edges.contiguous(), "radii": self.radii.contiguous()} | given
 
     @classmethod
     def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "RestRadius":
@@ -86,7 +92,9 @@ class RestRadius(Signal):
         prefix = "binned_by."
         given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         binned_by = Signal.from_state(config["binned_by"], given)
-        return cls(tuple(config["layers"]), tensors["edges"], tensors["radii"], config["alpha"], binned_by)
+        return cls(
+            tuple(config["layers"]), tensors["edges"], tensors["radii"], config["alpha"], binned_by, config["keeps"]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +115,7 @@ def fit_radius(
     alpha: float = 0.1,
     bins: int = 8,
     binned_by: Signal | None = None,
+    keeps: Keeps = "law",
     seed: int = 0,
 ) -> RadiusFit:
     """Fit the rest radius of each layer and bin, from one token of each text: tokens of one text are not exchangeable.
@@ -121,16 +130,20 @@ def fit_radius(
         readout: which will be used.
         alpha: share of texts in which the radius may be exceeded.
         bins: of the cheap signal, with about as many tokens each.
-        binned_by: the cheap signal; the relative step if None.
+        binned_by: the cheap signal, not fitted on these texts; the relative step if None.
+        keeps: what is to stay: the law, up to a bound, or the top token only.
         seed: of the tokens drawn.
 
     Raises:
-        RestpointError: alpha or bins is out of range, or layers or states do not fit the model.
+        RestpointError: alpha, bins or keeps is not possible, or layers or states do not fit the model.
     """
     if not 0 < alpha < 1:
         raise RestpointError(f"alpha is {alpha}; give a share between 0 and 1, such as 0.1")
     if bins < 1:
         raise RestpointError(f"bins is {bins}; give at least 1")
+    if keeps not in ("law", "token"):
+        raise RestpointError(f"keeps is {keeps!r}; choose law or token")
+    distance = rest_distance if keeps == "law" else overtaking_distance
     binned_by = binned_by or RelativeStep()
     generator = torch.Generator().manual_seed(seed)
     known: list[list[Tensor]] = [[] for _ in layers]
@@ -144,7 +157,7 @@ def fit_radius(
                 known[place].append(confidence)
             else:
                 cheap[place].append(confidence)
-                distances[place].append(rest_distance(view.logits, final).double().cpu())
+                distances[place].append(distance(view.logits, final).double().cpu())
     inner = torch.arange(1, bins, dtype=torch.float64) / bins
     edges = torch.stack([torch.cat(each).quantile(inner) for each in known]).float()
     radii, counts = [], []
@@ -154,7 +167,7 @@ def fit_radius(
         bin_of = torch.bucketize(places, edges[place])
         radii.append(torch.stack([conformal_quantile(values[bin_of == each], alpha) for each in range(bins)]))
         counts.append(torch.bincount(bin_of, minlength=bins))
-    signal = RestRadius(layers, edges, _upwards(torch.stack(radii)), alpha, binned_by)
+    signal = RestRadius(layers, edges, _upwards(torch.stack(radii)), alpha, binned_by, keeps)
     return RadiusFit(signal, torch.stack(counts))
 
 
@@ -179,6 +192,15 @@ def rest_distance(
     """Half of osc(z_L - ẑ): the largest difference of two logits of one token, when the best constant is taken off."""
     low, high = (final - predicted).aminmax(dim=-1)
     return (high - low) / 2
+
+
+def overtaking_distance(
+    predicted: Float[Tensor, "*batch vocab"], final: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch"]:
+    """Half of the most that a logit gains upon the one that was predicted as the top: never above `rest_distance`."""
+    gained = final - predicted
+    own = gained.gather(-1, predicted.argmax(-1, keepdim=True)).squeeze(-1)
+    return (gained.amax(-1) - own) / 2
 
 
 def _drawn(

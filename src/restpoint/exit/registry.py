@@ -6,6 +6,7 @@ from restpoint.exit.law_signals import (
     Entropy,
     EntropyDifference,
     KullbackLeibler,
+    LogitMargin,
     Margin,
     MaxProbability,
 )
@@ -19,6 +20,7 @@ SIGNALS: dict[str, Signal] = {
     for signal in (
         MaxProbability(),
         Margin(),
+        LogitMargin(),
         Entropy(),
         EntropyDifference(),
         KullbackLeibler(),

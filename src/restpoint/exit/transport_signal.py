@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from restpoint.equilibrium.predictors import IdentityPredictor
 from restpoint.errors import RestpointError
-from restpoint.exit.law_signals import second_law
 from restpoint.exit.signals import Signal, unknown
 from restpoint.exit.view import View
 from restpoint.transport.tokens import least_costs
@@ -60,6 +60,17 @@ class TransportCost(Signal):
     def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "TransportCost":
         """From what `state` gave."""
         return cls(config["support"])
+
+
+def second_law(view: View) -> Float[Tensor, "rows vocab"] | None:
+    """The logarithm of another law of the same token, to hold against the readout's.
+
+    It is the logit lens's at this layer, which costs the model's head once more; where the readout is the lens itself,
+    the readout's at the candidate layer before. None where that is missing too.
+    """
+    if not isinstance(view.readout.predictor(view.layer), IdentityPredictor):
+        return view.readout.logits(view.state).log_softmax(-1)
+    return None if view.earlier is None else view.earlier.log_law
 
 
 @torch.no_grad()
