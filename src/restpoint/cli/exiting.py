@@ -99,7 +99,7 @@ class Sweep:
 
         with console.progress_bars() as progress:
             found = explore(loaded, texts, self.sweeping, self.output, progress)
-        draw(found.curves, found.oracle, self.output / "sweep.png")
+        draw({**found.curves, "oracle": found.oracle}, self.output / "sweep.png")
         found.write(self.output / "sweep.json")
         if self.json:
             print((self.output / "sweep.json").read_text())
