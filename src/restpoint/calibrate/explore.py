@@ -9,14 +9,14 @@ from typing import Any
 from restpoint import files
 from restpoint.calibrate.options import SweepOptions
 from restpoint.calibrate.passages import deal
-from restpoint.calibrate.readers import candidate_layers, fit_predictors, fit_signal, write_texts
+from restpoint.calibrate.readers import candidate_layers, fit_readout, fit_signal, write_texts
 from restpoint.exit.choice import Comparison, compare
 from restpoint.exit.costs import measure_exit_costs
 from restpoint.exit.names import named
+from restpoint.exit.radius import RestRadius
 from restpoint.exit.registry import FITTED, SIGNALS
 from restpoint.exit.sweep import Curve, fixed, oracle, sweeps
 from restpoint.exit.traces import record_traces
-from restpoint.exit.view import Readout
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
 
@@ -101,7 +101,9 @@ def explore(
     layers = candidate_layers(layered.depth, options)
     passages = deal(texts, loaded.tokenizer, options, tune=_TUNED, judge=options.sequences)
     output = Path(output)
-    readout = Readout(layered, fit_predictors(loaded, layered, passages.fit, layers, options, output, report))
+    readout = fit_readout(
+        loaded, layered, passages.fit, layers, options, output, report, whole_vocabulary=RestRadius.kind in names
+    )
     written = write_texts(layered, passages.tune, options, report)
     signals = {}
     for done, name in enumerate(names):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from restpoint.errors import RestpointError
-from restpoint.flags import Flag, Layers
+from restpoint.flags import Flag, Layers, Number
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,9 @@ class ReadOptions:
     """Emit the logit lens at an exit instead of a predictor that is fitted first."""
     features: int = 1024
     """Random features of that predictor; 0 for an affine map."""
+    vocabulary: Number = None
+    """Tokens that an exit may emit, the most frequent of the text: reading the head in part makes looks cheaper. 0 for
+    all; a quarter of all if left out."""
     fit_tokens: int = 150_000
     """Tokens of text to fit predictors on, at most."""
     prompt_tokens: int = 32
@@ -34,8 +37,9 @@ class ReadOptions:
                 raise RestpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.new_tokens < 2:
             raise RestpointError(f"new_tokens is {self.new_tokens}; the first comes at full depth, so give at least 2")
-        if self.features < 0:
-            raise RestpointError(f"features is {self.features}; it must be 0 or positive")
+        for name in ("features", "vocabulary"):
+            if (getattr(self, name) or 0) < 0:
+                raise RestpointError(f"{name} is {getattr(self, name)}; it must be 0 or positive")
         if self.layers and list(self.layers) != sorted(set(self.layers)):
             raise RestpointError(f"layers is {self.layers}; give them ascending, each once")
 

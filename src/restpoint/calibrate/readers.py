@@ -51,7 +51,7 @@ def candidate_layers(depth: int, options: ReadOptions) -> tuple[int, ...]:
     return options.layers or tuple(sorted({min(max(1, round(share * depth)), depth - 1) for share in _DEPTHS}))
 
 
-def fit_predictors(
+def fit_readout(
     loaded: Loaded,
     layered: LayeredModel,
     texts: Sequence[str],
@@ -59,13 +59,18 @@ def fit_predictors(
     options: ReadOptions,
     folder: Path,
     report: Progress,
-) -> dict[int, Predictor]:
+    *,
+    whole_vocabulary: bool = False,
+) -> Readout:
     """A predictor of the rest state for each layer, rounded as it will be saved; none where the lens is asked for.
 
-    States are recorded under ``folder``, where an interrupted recording resumes, and removed in the end.
+    With ``whole_vocabulary`` exits may emit every token, whatever the options say: the rest radius needs that.
+
+    States are recorded under ``folder``, where an interrupted recording resumes, and removed in the end. With the lens
+    the whole vocabulary is read.
     """
     if options.lens:
-        return {}
+        return Readout(layered)
     how = FitOptions(
         max_tokens=options.fit_tokens,
         own_share=_OWN,
@@ -89,8 +94,11 @@ def fit_predictors(
         report("solve predictors", done, len(layers))
         solved[layer] = rounded(fit_affine(fitted, held_out, (layer,), settings, score=recorded.score).predictor)
     report("solve predictors", len(layers), len(layers))
+    size = layered.vocabulary_size // 4 if options.vocabulary is None else options.vocabulary
+    size = 0 if whole_vocabulary else size
+    vocabulary = recorded.frequent_tokens(size) if size and layered.head.direct else None
     recorded.store.remove()
-    return solved
+    return Readout(layered, solved, vocabulary)
 
 
 def write_texts(

@@ -14,19 +14,19 @@ import transformers
 from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
 from restpoint.calibrate.options import CalibrateOptions
 from restpoint.calibrate.passages import Passages, deal
-from restpoint.calibrate.readers import candidate_layers, fit_predictors
+from restpoint.calibrate.readers import candidate_layers, fit_readout
 from restpoint.calibrate.tuning import Tuning
 from restpoint.errors import RestpointError
 from restpoint.exit.choice import LayerChoice
 from restpoint.exit.losses import Loss
 from restpoint.exit.losses import loss as named_loss
 from restpoint.exit.names import named
-from restpoint.exit.policy import Certificate, ExitPolicy, readers_hash
+from restpoint.exit.policy import Certificate, ExitPolicy
+from restpoint.exit.radius import RestRadius
 from restpoint.exit.registry import FITTED, SIGNALS
 from restpoint.exit.risk import RiskControl, Selection, minimum_sequences, select
 from restpoint.exit.rules import CatchUp, ThresholdRule
 from restpoint.exit.shift import ShiftMonitor
-from restpoint.exit.view import Readout
 from restpoint.model.check import check
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.layered import LayeredModel
@@ -113,17 +113,18 @@ def calibrate(
     passages = deal(texts, loaded.tokenizer, options, tune=_TUNED, judge=options.sequences)
     candidates = candidate_layers(layered.depth, options)
     output = Path(output)
-    predictors = fit_predictors(loaded, layered, passages.fit, candidates, options, output, report)
-    tuning = Tuning(layered, Readout(layered, predictors), passages.tune, options, report)
+    whole = options.signal == RestRadius.kind
+    readout = fit_readout(loaded, layered, passages.fit, candidates, options, output, report, whole_vocabulary=whole)
+    tuning = Tuning(layered, readout, passages.tune, options, report)
     choice, signal = tuning.choose(candidates)
     layers = choice.layers
-    predictors = {layer: own for layer, own in predictors.items() if layer in layers}
-    policy = ExitPolicy(_rule(options, choice.threshold, layers), predictors, signal)
+    predictors = {layer: own for layer, own in readout.predictors.items() if layer in layers}
+    policy = ExitPolicy(_rule(options, choice.threshold, layers), predictors, signal, readout.vocabulary)
     recipe = {
         **asdict(options),
         "text": passages.text,
         "model": fingerprint(loaded.model, loaded.tokenizer),
-        "readers": readers_hash(predictors, signal),
+        "readers": policy.readers,
         "loss": getattr(loss, "__name__", type(loss).__name__),
     }
     kept = Kept(output, recipe)
@@ -214,7 +215,7 @@ def _certificate(
         thresholds=thresholds,
         layers_per_token=layers_per_token,
         dtype=str(layered.dtype).removeprefix("torch."),
-        readers=readers_hash(policy.predictors, policy.signal),
+        readers=policy.readers,
         text=passages.text,
         documents=tuple(passages.documents),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -138,7 +138,7 @@ class ExitTarget(LayeredTarget):
         for place in leaving:
             if self.rule.catch_up == "exact":
                 self._hold(group, place, layer)
-            scored[group.rows[place]] = Scored(view.logits[place : place + 1], None, layer)
+            scored[group.rows[place]] = Scored(self.readout.over_all(view.logits[place : place + 1]), None, layer)
         if leaving and self.rule.catch_up == "propagated":
             self._propagate(group, leaving, layer)
         if len(leaving) == len(group.rows):

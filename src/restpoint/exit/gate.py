@@ -173,7 +173,7 @@ def fit_gate(
         raise RestpointError(f"held_out_every is {held_out_every}; give at least 2, so that some are fitted on")
     found: dict[int, list[_Examples]] = {layer: [] for layer in layers}
     for index, views, rest in blocks_of(sequences, layers, readout):
-        target = readout.logits(rest).argmax(-1)
+        target = readout.layered.logits(rest[None])[0].argmax(-1)
         for view in views:
             states = view.state.float()
             columns, right = quantities(view, torch.zeros_like(states)), view.tokens == target

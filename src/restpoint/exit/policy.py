@@ -1,6 +1,7 @@
 """What decodes with early exits: a rule, how states are read, the signal, and the certificate of what it may cost."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -97,6 +98,7 @@ class ExitPolicy:
         rule: where tokens stop.
         predictors: of the rest state, by layer; a layer without one is read by the logit lens.
         signal: that the rule asks; None where it asks none.
+        vocabulary: tokens that an exit may emit; None for all.
         certificate: what was calibrated; None where nothing was.
         monitor: knows prompts like those of the calibration.
     """
@@ -104,6 +106,7 @@ class ExitPolicy:
     rule: Rule
     predictors: Mapping[int, Predictor] = field(default_factory=dict)
     signal: Signal | None = None
+    vocabulary: Tensor | None = None
     certificate: Certificate | None = None
     monitor: ShiftMonitor | None = None
 
@@ -121,9 +124,23 @@ class ExitPolicy:
                 f"dtype: the exits were calibrated in {found.dtype} and the model is in {dtype}; load it in "
                 f"{found.dtype}, or calibrate it in {dtype}"
             )
-        if found is not None and found.readers != readers_hash(self.predictors, self.signal):
+        if found is not None and found.readers != self.readers:
             raise RestpointError("profile: its exits were calibrated with other predictors; calibrate anew")
-        return ExitTarget(layered, self.rule, Readout(layered, self.predictors), self.signal)
+        return ExitTarget(layered, self.rule, self.readout(layered), self.signal)
+
+    def readout(self, layered: LayeredModel) -> Readout:
+        """How states are read."""
+        return Readout(layered, self.predictors, self.vocabulary)
+
+    @property
+    def readers(self) -> str:
+        """SHA-256 of what decides and what is emitted, as it is saved: predictors, signal, vocabulary."""
+        described, tensors = self.state()
+        digest = hashlib.sha256(json.dumps([described["predictors"], described["signal"]]).encode())
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def unfamiliar(self, layered: LayeredModel, prompt: Sequence[int]) -> str | None:
         """A warning where a prompt looks unlike those of the calibration; None where it does not, or is too short."""
@@ -141,8 +158,7 @@ class ExitPolicy:
         plan = layered.plan(ids)
         states = [plan.hidden]
         layered.run(plan, stop=layer, keep=states)
-        readout = Readout(layered, self.predictors)
-        view = View(layer, [state.flatten(0, 1) for state in states], readout)
+        view = View(layer, [state.flatten(0, 1) for state in states], self.readout(layered))
         return self.signal.confidence(view).view(ids.shape).double().mean(1)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -156,6 +172,8 @@ class ExitPolicy:
         if self.signal is not None:
             signal, own = self.signal.state()
             tensors |= {f"signal/{name}": value for name, value in own.items()}
+        if self.vocabulary is not None:
+            tensors["vocabulary"] = self.vocabulary
         described = {
             "rule": self.rule.described(),
             "predictors": configs,
@@ -188,6 +206,7 @@ class ExitPolicy:
                 for layer, config in described["predictors"].items()
             },
             signal=None if described["signal"] is None else Signal.from_state(described["signal"], under("signal/")),
+            vocabulary=tensors.get("vocabulary"),
             certificate=certificate,
             monitor=None if monitor is None else ShiftMonitor.from_json(monitor),
         )
@@ -198,25 +217,3 @@ def rounded(predictor: Predictor) -> Predictor:
     config, tensors = predictor.state()
     kept = {name: value.to(torch.bfloat16).float() for name, value in tensors.items()}
     return Predictor.from_state(config, kept)
-
-
-def readers_hash(predictors: Mapping[int, Predictor], signal: Signal | None) -> str:
-    """SHA-256 of what decides and what is emitted, after rounding as it is saved."""
-    described, tensors = ExitPolicy(_NO_RULE, predictors, signal).state()
-    digest = hashlib.sha256(repr([described["predictors"], described["signal"]]).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-class _NoRule(Rule):
-    """Stands where no rule is looked at."""
-
-    def check(self, depth: int) -> None: ...
-
-    def described(self) -> dict[str, Any]:
-        return {}
-
-
-_NO_RULE = _NoRule()

@@ -143,6 +143,10 @@ def fit_radius(
         raise RestpointError(f"bins is {bins}; give at least 1")
     if keeps not in ("law", "token"):
         raise RestpointError(f"keeps is {keeps!r}; choose law or token")
+    if readout.vocabulary is not None:
+        raise RestpointError(
+            "readout: a token that an exit does not emit could come to lead; read the whole vocabulary"
+        )
     distance = rest_distance if keeps == "law" else overtaking_distance
     binned_by = binned_by or RelativeStep()
     generator = torch.Generator().manual_seed(seed)

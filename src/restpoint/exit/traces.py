@@ -32,6 +32,9 @@ _PLAIN = ("tokens", "agrees", "log_probability", "full_log_probability", "margin
 _NUMBERS = 2**24
 """Entries of all laws that are held at once: candidate layers x tokens x vocabulary."""
 
+_NOT_EMITTED = -20.0
+"""Logarithm of the probability of a token that an exit cannot emit: finite, so that means are."""
+
 Progress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done and how much there is."""
 
@@ -49,7 +52,7 @@ class Traces:
         confidences: of each signal by name, in float32.
         tokens: the full model's.
         agrees: whether the most probable token of the exit's law is the full model's.
-        log_probability: of the full model's token under the exit's law, in nats.
+        log_probability: of the full model's token under the exit's law, in nats; -20 where exits do not emit it.
         full_log_probability: of it under the full law.
         margin: by how many nats it leads the second most probable token under the full law; where that is about
             rounding, no exit can be blamed for another token.
@@ -250,7 +253,11 @@ def _full(logits: Float[Tensor, "rows vocab"]) -> dict[str, Tensor]:
 
 def _exits(seen: Sequence[View], tokens: Int[Tensor, " rows"]) -> dict[str, Tensor]:
     """What exits at each layer would do."""
-    laws = [view.log_law.gather(-1, tokens[:, None])[:, 0] for view in seen]
+    places = seen[0].readout.places(tokens)
+    laws = [
+        torch.where(places < 0, _NOT_EMITTED, view.log_law.gather(-1, places.clamp_min(0)[:, None])[:, 0])
+        for view in seen
+    ]
     return {
         "agrees": torch.stack([view.tokens == tokens for view in seen], -1),
         "log_probability": torch.stack(laws, -1),

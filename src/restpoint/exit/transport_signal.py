@@ -50,6 +50,8 @@ class TransportCost(Signal):
         weight = getattr(unembedding, "weight", None)
         if not isinstance(weight, Tensor):
             raise RestpointError("signal: this model has no unembedding to measure distances by; take another signal")
+        if view.readout.vocabulary is not None:
+            weight = weight[view.readout.vocabulary]
         return 1 / (1 + top_transport(view.log_law, other, weight, self.support).float())
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

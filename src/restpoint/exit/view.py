@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -18,14 +19,28 @@ class Readout:
     Args:
         layered: the model.
         predictors: by layer. Each reads states of layers up to that one; a layer without one is read by the logit lens.
+        vocabulary: tokens that an exit may emit, so that the head is read in part; None for all. Laws are over these.
 
     Raises:
         RestpointError: a predictor belongs to another layer, or reads the rest state of the token before, which an
-            exit leaves unknown.
+            exit leaves unknown; or a vocabulary is given for a model whose head has no direct form.
     """
 
-    def __init__(self, layered: LayeredModel, predictors: Mapping[int, Predictor] | None = None):
+    def __init__(
+        self,
+        layered: LayeredModel,
+        predictors: Mapping[int, Predictor] | None = None,
+        vocabulary: Int[Tensor, " tokens"] | None = None,
+    ):
         self.layered = layered
+        self.vocabulary = None
+        if vocabulary is not None:
+            if not layered.head.direct:
+                raise RestpointError("vocabulary: this model's head cannot be cut to some tokens; leave it out")
+            self.vocabulary = vocabulary.to(layered.device)
+            self._rows = layered.head.rows(self.vocabulary)
+            self._places = torch.full((layered.vocabulary_size,), -1, device=layered.device)
+            self._places[self.vocabulary] = torch.arange(len(vocabulary), device=layered.device)
         self.predictors: dict[int, Predictor] = {}
         for layer, predictor in (predictors or {}).items():
             if predictor.exit_layer != layer or not layer < layered.depth:
@@ -45,8 +60,26 @@ class Readout:
         return self.predictors.get(layer) or IdentityPredictor((layer,))
 
     def logits(self, rest: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
-        """The model's own head on (predicted) rest states, in float32."""
-        return self.layered.logits(rest[None])[0].float()
+        """The model's own head on (predicted) rest states, over the tokens that may be emitted, in float32."""
+        if self.vocabulary is None:
+            return self.layered.logits(rest[None])[0].float()
+        head = self.layered.head
+        return head.unembed(head.rest_state(rest[None]), *self._rows)[0].float()
+
+    def tokens(self, places: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+        """Ids of tokens, by their places among those that may be emitted."""
+        return places if self.vocabulary is None else self.vocabulary[places]
+
+    def places(self, tokens: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+        """Places of tokens among those that may be emitted; -1 where one is not among them."""
+        return tokens if self.vocabulary is None else self._places[tokens]
+
+    def over_all(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows all"]:
+        """Logits of the whole vocabulary: minus infinity for tokens that are not emitted."""
+        if self.vocabulary is None:
+            return logits
+        whole = logits.new_full((logits.shape[0], self.layered.vocabulary_size), float("-inf"))
+        return whole.index_copy_(1, self.vocabulary, logits)
 
 
 @dataclass(eq=False)
@@ -97,8 +130,8 @@ class View:
 
     @cached_property
     def tokens(self) -> Int[Tensor, " rows"]:
-        """The most probable tokens."""
-        return self.logits.argmax(-1)
+        """Ids of the most probable tokens."""
+        return self.readout.tokens(self.logits.argmax(-1))
 
     @cached_property
     def top_two(self) -> Float[Tensor, "rows 2"]:
