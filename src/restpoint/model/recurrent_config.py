@@ -1,12 +1,14 @@
 """Settings of the language models that iterate one block."""
 
-from typing import Any, Literal
+from typing import Any, no_type_check
 
 from transformers import PreTrainedConfig
 
 from restpoint.errors import RestpointError
 
 
+# transformers replaces the __init__ of its configs, which the shape checker of the tests would wrap by the wrong one.
+@no_type_check
 class RecurrentDepthConfig(PreTrainedConfig):
     """A prelude, a core that is iterated r times, and a coda.
 
@@ -111,9 +113,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             )
 
 
-Solver = Literal["anderson", "broyden", "picard"]
-
-
+@no_type_check
 class DeepEquilibriumConfig(RecurrentDepthConfig):
     """As `RecurrentDepthConfig`, with a core that is solved to its fixed point, from zeros.
 

@@ -88,20 +88,20 @@ class StateNoise:
 
     def __init__(self, config: RecurrentDepthConfig):
         self.size, self.std, self.seed = config.hidden_size, config.state_std, config.state_seed
-        self.table = torch.empty(0, self.size)
+        self.table: Tensor | None = None  # not before it is needed: models are made on the meta device when loaded
 
     def at(self, positions: Int[Tensor, "rows seq"], like: Tensor) -> Float[Tensor, "rows seq hidden"]:
         """The states of these positions, in the dtype and on the device of ``like``."""
-        needed = int(positions.max()) + 1
-        if self.table.shape[0] < needed or self.table.device != like.device:
-            first, last = self.table.shape[0] // _BLOCK, -(-needed // _BLOCK)
-            blocks = [self._block(number).to(like.device) for number in range(first, last)]
-            self.table = torch.cat((self.table.to(like.device), *blocks))
-        return self.table[positions].to(like.dtype)
+        needed, table = int(positions.max()) + 1, self.table
+        if table is None or table.shape[0] < needed or table.device != like.device:
+            kept = [] if table is None else [table.to(like.device)]
+            first, last = (0 if table is None else table.shape[0]) // _BLOCK, -(-needed // _BLOCK)
+            table = self.table = torch.cat(kept + [self._block(number).to(like.device) for number in range(first, last)])
+        return table[positions].to(like.dtype)
 
     def _block(self, number: int) -> Float[Tensor, "positions hidden"]:
         generator = torch.Generator().manual_seed((self.seed * 2654435761 + number) % _SEEDS)
-        return cut_normal(torch.empty(_BLOCK, self.size), self.std, generator)
+        return cut_normal(torch.empty(_BLOCK, self.size, device="cpu"), self.std, generator)
 
 
 def cut_normal(out: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
