@@ -89,6 +89,35 @@ class Slow:
             logits.append(predicted[-1])
         return torch.stack(logits), torch.tensor(self.ran)
 
+    @torch.no_grad()
+    def run_together(self, ids):
+        """The same for further tokens that run step by step with one another; the rule may not read logits."""
+        first, count = len(self.ran), len(ids)
+        positions = range(first, first + count)
+        noise = self.inner.noise.at(torch.arange(first + count)[None], self.inner.adapter.weight)[0]
+        self.ran += [1] * count
+        hidden = {at: self.inner.embed_tokens.weight[ids[at - first]] * self.config.embedding_scale for at in positions}
+        hidden = self._layers(self.inner.prelude, hidden, 0, iterated=False)
+        states, live = {at: [noise[at]] for at in positions}, list(positions)
+        for step in range(self.num_steps):
+            new = {at: self.inner.adapter(torch.cat((states[at][-1], hidden[at]))) for at in live}
+            for at in live:
+                self.ran[at] = step + 1
+            for at, state in self._layers(self.inner.core, new, step, iterated=True).items():
+                states[at].append(state)
+            live = [at for at in live if self.stop is None or not self.stop(states[at], None)]
+        last = self._layers(
+            self.inner.coda, {at: self.inner.norm(states[at][-1]) for at in positions}, 0, iterated=False
+        )
+        return torch.stack([self.model.lm_head(self.inner.norm(last[at])) for at in positions])
+
+    def _layers(self, layers, hidden, step, *, iterated):
+        for layer in layers:
+            for at, entering in hidden.items():
+                self._store(layer, entering, at, step, iterated=iterated)
+            hidden = {at: self._attend(layer, entering, at, step, iterated=iterated) for at, entering in hidden.items()}
+        return hidden
+
     def _finish(self, state, position):
         hidden = self.inner.norm(state)
         for layer in self.inner.coda:
@@ -96,23 +125,30 @@ class Slow:
         return self.model.lm_head(self.inner.norm(hidden))
 
     def _layer(self, layer, hidden, position, step, *, iterated):
-        attention = layer.self_attn
-        size, groups = self.config.head_dim, self.config.num_attention_heads // self.config.num_key_value_heads
+        self._store(layer, hidden, position, step, iterated=iterated)
+        return self._attend(layer, hidden, position, step, iterated=iterated)
+
+    def _place(self, step, iterated):
+        return 0 if not iterated else step % self.budget if self.budget else step
+
+    def _store(self, layer, hidden, position, step, *, iterated):
         entered = layer.norm_1(hidden)
-        query, key, value = (
-            getattr(attention, name)(entered).view(-1, size) for name in ("q_proj", "k_proj", "v_proj")
+        key, value = (
+            getattr(layer.self_attn, name)(entered).view(-1, self.config.head_dim) for name in ("k_proj", "v_proj")
         )
-        place = lambda number: number % self.budget if self.budget else number  # noqa: E731
-        kept = self.stored[attention.layer_idx]
-        kept[position][place(step)] = (_rotate(key, position), value)
-        query = _rotate(query, position)
-        shown = [kept[past][place(min(step, self.ran[past] - 1)) if iterated else 0] for past in range(position + 1)]
+        self.stored[layer.self_attn.layer_idx][position][self._place(step, iterated)] = (_rotate(key, position), value)
+
+    def _attend(self, layer, hidden, position, step, *, iterated):
+        size, groups = self.config.head_dim, self.config.num_attention_heads // self.config.num_key_value_heads
+        query = _rotate(layer.self_attn.q_proj(layer.norm_1(hidden)).view(-1, size), position)
+        kept = self.stored[layer.self_attn.layer_idx]
+        shown = [kept[at][self._place(min(step, self.ran[at] - 1), iterated)] for at in range(position + 1)]
         heads = []
         for head in range(query.shape[0]):
             keys = torch.stack([entry[0][head // groups] for entry in shown])
             values = torch.stack([entry[1][head // groups] for entry in shown])
             heads.append(torch.softmax(keys @ query[head] / math.sqrt(size), 0) @ values)
-        hidden = layer.norm_2(hidden + attention.o_proj(torch.cat(heads)))
+        hidden = layer.norm_2(hidden + layer.self_attn.o_proj(torch.cat(heads)))
         return layer.norm_4(hidden + layer.mlp(layer.norm_3(hidden)))
 
 

@@ -91,7 +91,9 @@ def test_rows_stop_where_the_formula_says(criterion, definition):
 @pytest.mark.parametrize("hits", [1, 2, 5])
 def test_argmax_stability(hits):
     states, logits = iterates()
-    logits = logits + np.random.default_rng(1).normal(size=logits.shape) * 0.6**np.arange(STEPS + 1)[:, None, None] * 20
+    logits = (
+        logits + np.random.default_rng(1).normal(size=logits.shape) * 0.6 ** np.arange(STEPS + 1)[:, None, None] * 20
+    )
     best = logits.argmax(-1)
     expected = np.zeros(ROWS, dtype=int)
     for row in range(ROWS):

@@ -34,7 +34,7 @@ class DeepEquilibriumModel(RecurrentDepthModel):
         adjoint_solution: of the last backward pass.
     """
 
-    config: DeepEquilibriumConfig
+    config: DeepEquilibriumConfig  # type: ignore[assignment]
     config_class = DeepEquilibriumConfig
     solution: Solution | None = None
     adjoint_solution: Solution | None = None
@@ -127,7 +127,7 @@ class DeepEquilibriumForCausalLM(RecurrentDepthForCausalLM):
         Bai, Kolter, Koltun 2019, "Deep equilibrium models".
     """
 
-    config: DeepEquilibriumConfig
+    config: DeepEquilibriumConfig  # type: ignore[assignment]
     config_class = DeepEquilibriumConfig
 
     def _inner(self, config: Any) -> DeepEquilibriumModel:

@@ -109,7 +109,9 @@ def huginn_config(published: Mapping[str, Any]) -> RecurrentDepthConfig:
         rope_parameters={"rope_type": "default", "rope_theta": float(published.get("rope_base", 50_000))},
         initializer_range=std,
         tie_word_embeddings=published.get("tie_embeddings", published.get("tie_word_embeddings", True)),
-        **{name: published.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        pad_token_id=published.get("pad_token_id"),
+        bos_token_id=published.get("bos_token_id"),
+        eos_token_id=published.get("eos_token_id"),
     )
 
 

@@ -239,7 +239,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
 
 
 def draw_steps(config: RecurrentDepthConfig) -> int:
-    """r ~ 1 + Poisson(rate), rate log-normal with mean ``mean_recurrence``: mostly short, now and then very deep."""
+    """Draw r ~ 1 + Poisson(rate), rate log-normal with mean ``mean_recurrence``: mostly short, now and then deep."""
     spread = config.recurrence_spread
     rate = math.log(config.mean_recurrence) - spread**2 / 2 + spread * torch.randn(())
     return int(torch.poisson(rate.exp())) + 1

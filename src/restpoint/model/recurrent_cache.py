@@ -73,7 +73,9 @@ class _Layer(CacheLayerMixin):
             found.append(self._read(stored, step))
         return found[0], found[1]
 
-    def _write(self, target: Float[Tensor, "batch heads slots size"], new: Float[Tensor, "rows heads seq size"]) -> None:
+    def _write(
+        self, target: Float[Tensor, "batch heads slots size"], new: Float[Tensor, "rows heads seq size"]
+    ) -> None:
         owner, chosen = self.owner, self.owner.chosen
         if chosen is None:
             target.narrow(2, owner.length, new.shape[2]).copy_(new)
@@ -108,7 +110,10 @@ class _Layer(CacheLayerMixin):
         """Enlarge, keeping what is written."""
         if self.is_initialized:
             self.keys, self.values = (
-                pad(kept, (0, 0, 0, slots - kept.shape[3]) + (0,) * 5 + ((steps if self.iterated else 1) - kept.shape[0],))
+                pad(
+                    kept,
+                    (0, 0, 0, slots - kept.shape[3]) + (0,) * 5 + ((steps if self.iterated else 1) - kept.shape[0],),
+                )
                 for kept in self.stored
             )
 

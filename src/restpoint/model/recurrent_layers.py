@@ -96,7 +96,9 @@ class StateNoise:
         if table is None or table.shape[0] < needed or table.device != like.device:
             kept = [] if table is None else [table.to(like.device)]
             first, last = (0 if table is None else table.shape[0]) // _BLOCK, -(-needed // _BLOCK)
-            table = self.table = torch.cat(kept + [self._block(number).to(like.device) for number in range(first, last)])
+            table = self.table = torch.cat(
+                kept + [self._block(number).to(like.device) for number in range(first, last)]
+            )
         return table[positions].to(like.dtype)
 
     def _block(self, number: int) -> Float[Tensor, "positions hidden"]:
