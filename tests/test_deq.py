@@ -61,12 +61,14 @@ def test_a_text_in_pieces_gives_the_logits_of_the_whole(sizes):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_changes_nothing(side):
-    model, ids = equilibrium(), tokens(2)
+    """Not even how near to its fixed point a text comes before it stops: padding counts in no residual."""
+    model, ids = equilibrium(tolerance=1e-2), tokens(2)
     mask = torch.ones_like(ids)
     mask[1, slice(0, 4) if side == "left" else slice(7, 11)] = 0
     text = ids[1, 4:] if side == "left" else ids[1, :7]
-    found = model(ids, attention_mask=mask).logits[1][mask[1].bool()]
-    torch.testing.assert_close(found, model(text[None]).logits[0], **CLOSE)
+    found, alone = model(ids, attention_mask=mask), model(text[None])
+    torch.testing.assert_close(found.logits[1][mask[1].bool()], alone.logits[0], **CLOSE)
+    assert int(found.steps[1, 0]) == int(alone.steps[0, 0])
 
 
 def test_generate_save_and_load(tmp_path):
