@@ -20,8 +20,9 @@ from restpoint.equilibrium.features import RandomFeatures
 from restpoint.equilibrium.predictors import AffinePredictor, RestPointRecurrence
 from restpoint.errors import RestpointError
 from restpoint.exit.engine import ExitTarget
+from restpoint.exit.law_signals import MaxProbability
 from restpoint.exit.rules import LayerSkipRule, PositionRule, Rule, ThresholdRule
-from restpoint.exit.signals import MaxProbability, RelativeStep, Signal
+from restpoint.exit.signals import RelativeStep, Signal
 from restpoint.exit.view import Readout, View, views
 from restpoint.model.layered import LayeredModel
 

@@ -41,7 +41,9 @@ class Toy(Readout):
         self.weight = weight
         unembedding = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         unembedding.weight.data = weight
-        self.layered = cast("Any", SimpleNamespace(depth=DEPTH, head=SimpleNamespace(unembedding=unembedding)))
+        head = SimpleNamespace(unembedding=unembedding)
+        self.layered = cast("Any", SimpleNamespace(depth=DEPTH, head=head, logits=self.logits))
+        self.vocabulary = None
         turn = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(5))).Q
         shift = torch.linspace(-0.2, 0.2, HIDDEN)
         self.predictors = {
@@ -347,7 +349,7 @@ def test_without_the_state_the_gate_is_scikit_learns_regression() -> None:
     states = torch.cat(texts)
     view = views(states, (5,), readout)[0]
     right = (view.tokens == readout.logits(states[:, -1]).argmax(-1)).numpy()
-    x = quantities(view, view.state - view.state.mean(0)).double().numpy()
+    x = quantities(view, view.state.mean(0)).double().numpy()
     standard = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
     oracle = LogisticRegression(C=1 / (1e-4 * len(x)), tol=1e-10, max_iter=10000).fit(standard, right)
     np.testing.assert_allclose(fit.gate.confidence(view), oracle.predict_proba(standard)[:, 1], atol=2e-3)
@@ -386,8 +388,10 @@ def test_the_state_is_taken_where_it_pays() -> None:
 
 def test_quantities_are_what_they_are_called() -> None:
     first, view = views(resting(12), (3, 5), toy())
-    away = view.state - 1
-    found = quantities(view, away).double()
+    centre = torch.ones(HIDDEN)
+    found = quantities(view, centre).double()
+    deltas = torch.stack(list(view.states)).double().diff(dim=0)[-2:]
+    acceleration = (deltas[1] - deltas[0]).norm(dim=-1) / (deltas[1].norm(dim=-1) + deltas[0].norm(dim=-1))
     law = view.logits.double().softmax(-1)
     top = law.topk(2).values
     expected = torch.stack(
@@ -397,14 +401,14 @@ def test_quantities_are_what_they_are_called() -> None:
             (top[:, 0] / top[:, 1]).log(),
             torch.distributions.Categorical(law).entropy(),
             (1 / RelativeStep().confidence(view).double() - 1).log(),
-            found[:, 5],
+            acceleration,
             (first.logits.argmax(-1) == view.logits.argmax(-1)).double(),
-            away.double().square().sum(-1).log() / 2,
+            (view.state - 1).double().square().sum(-1).log() / 2,
         ],
         -1,
     )
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
-    assert quantities(first, away)[:, 6].tolist() == [0] * 12
+    assert quantities(first, centre)[:, 6].tolist() == [0] * 12
 
 
 def test_the_gate_refuses_what_teaches_nothing() -> None:

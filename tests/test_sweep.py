@@ -22,8 +22,9 @@ from restpoint.exit.bootstrap import RESAMPLES, percentile_intervals, resampled_
 from restpoint.exit.choice import choose_layers, compare
 from restpoint.exit.costs import ExitCosts, measure_exit_costs
 from restpoint.exit.engine import ExitTarget
+from restpoint.exit.law_signals import MaxProbability
 from restpoint.exit.rules import PositionRule, ThresholdRule
-from restpoint.exit.signals import MaxProbability, RelativeStep, Signal
+from restpoint.exit.signals import RelativeStep, Signal
 from restpoint.exit.sweep import (
     LASTING_ORACLE,
     NEVER,

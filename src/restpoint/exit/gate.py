@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from restpoint.errors import RestpointError
 from restpoint.exit.recorded import blocks_of
-from restpoint.exit.signals import Signal, accelerations, relative_step, unknown
+from restpoint.exit.signals import Signal, unknown
 from restpoint.exit.view import Readout, View
 
 QUANTITIES = (
@@ -27,6 +27,7 @@ QUANTITIES = (
 )
 """What the gate reads besides the state, in the order of :func:`quantities`."""
 
+_TINY = 1e-12  # in place of a length of 0 below a fraction line
 _LEAST = 1e-6  # below it, probabilities and relative steps in float32 are rounding
 _STEPS = 50
 _FLAT = 1e-9  # a gradient below it is none
@@ -67,8 +68,8 @@ class Gate(Signal):
         weights, directions, bias, centre = (
             each[place].to(view.state.device) for each in (self.weights, self.directions, self.bias, self.centres)
         )
-        away = view.state.float() - centre
-        return torch.sigmoid(quantities(view, away) @ weights + away @ directions + bias)
+        inputs = torch.cat([quantities(view, centre), view.state.float() - centre], -1)
+        return torch.sigmoid(torch.addmv(bias, inputs, torch.cat([weights, directions])))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See :meth:`Signal.state`."""
@@ -88,7 +89,7 @@ class Gate(Signal):
         )
 
 
-def quantities(view: View, away: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows quantities"]:
+def quantities(view: View, centre: Float[Tensor, " hidden"]) -> Float[Tensor, "rows quantities"]:
     """What the gate reads, in the order of `QUANTITIES`.
 
     log(p / (1 - p)) of the largest probability p; the logarithm of its lead on the second; the lead of its logit;
@@ -97,19 +98,31 @@ def quantities(view: View, away: Float[Tensor, "rows hidden"]) -> Float[Tensor, 
 
     Args:
         view: of tokens at a candidate layer.
-        away: h_l - m.
+        centre: m.
     """
     first, second = view.top_two.unbind(-1)
-    nothing = unknown(view)
+    largest, next_largest = view.lead[0].unbind(-1)
+    nothing = torch.zeros_like(first)
+    # One difference of all levels at once: on one row every operation costs the same, however little it does.
+    levels = [*view.states[max(0, view.layer - 2) : view.layer + 1], centre.expand_as(view.state)]
+    stacked = torch.stack([level.float() for level in levels])
+    moves = stacked.diff(dim=0)
+    *steps, away = moves.norm(dim=-1).unbind(0)
+    relative, acceleration = nothing, nothing
+    if steps:
+        relative = (steps[-1] / stacked[-3].norm(dim=-1).clamp_min(_TINY)).clamp_min(_LEAST).log()
+    if len(steps) > 1:
+        turn = (moves[1] - moves[0]).norm(dim=-1)
+        acceleration = (turn / (steps[0] + steps[1]).clamp_min(_TINY)).clamp_max(1)
     columns = [
         first.logit(eps=_LEAST),
         (first - second).clamp_min(_LEAST).log(),
-        (first / second.clamp_min(_LEAST**4)).log(),
+        largest - next_largest,
         view.entropy,
-        relative_step(view).clamp_min(_LEAST).log() if view.layer > 0 else nothing,
-        accelerations(view, 1)[0] if view.layer > 1 else nothing,
+        relative,
+        acceleration,
         (view.tokens == view.earlier.tokens).float() if view.earlier is not None else nothing,
-        away.norm(dim=-1).clamp_min(_LEAST).log(),
+        away.clamp_min(_LEAST).log(),
     ]
     return torch.stack(columns, -1)
 
@@ -176,7 +189,7 @@ def fit_gate(
         target = readout.layered.logits(rest[None])[0].argmax(-1)
         for view in views:
             states = view.state.float()
-            columns, right = quantities(view, torch.zeros_like(states)), view.tokens == target
+            columns, right = quantities(view, torch.zeros_like(states[0])), view.tokens == target
             held_out = torch.full_like(right, index % held_out_every == held_out_every - 1)
             found[view.layer].append(_Examples(*(each.cpu() for each in (states, columns, right, held_out))))
     fits = [_fit_layer(layer, _joined(layer, found[layer]), penalties) for layer in layers]

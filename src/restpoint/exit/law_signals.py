@@ -60,7 +60,7 @@ class LogitMargin(Signal):
 
     def confidence(self, view: View) -> Float[Tensor, " rows"]:
         """See the class."""
-        first, second = view.logits.topk(2, -1).values.unbind(-1)
+        first, second = view.lead[0].unbind(-1)
         return -torch.expm1(second - first)
 
 

@@ -74,7 +74,7 @@ class RestRadius(Signal):
         """See the class."""
         if view.layer not in self.layers:
             return unknown(view)
-        first, second = view.logits.topk(2, -1).values.unbind(-1)
+        first, second = view.lead[0].unbind(-1)
         margin = first - second
         # A radius of 0 and no margin: nothing is known of which of two tokens it is.
         return margin / (margin + 2 * self.radius(view)).clamp_min(torch.finfo(margin.dtype).tiny)

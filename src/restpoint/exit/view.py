@@ -119,6 +119,11 @@ class View:
         return self.readout.logits(self.rest)
 
     @cached_property
+    def law(self) -> Float[Tensor, "rows vocab"]:
+        """The law that an exit here would emit, over the tokens that may be emitted."""
+        return self.logits.softmax(-1)
+
+    @cached_property
     def log_law(self) -> Float[Tensor, "rows vocab"]:
         """That law's logarithm."""
         return self.logits.log_softmax(-1)
@@ -126,17 +131,23 @@ class View:
     @cached_property
     def entropy(self) -> Float[Tensor, " rows"]:
         """Of that law, in nats."""
-        return -(self.log_law.exp() * self.log_law).sum(-1)
+        return torch.special.entr(self.law).sum(-1)
+
+    @cached_property
+    def lead(self) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows 2"]]:
+        """The two largest logits, and their places."""
+        values, places = self.logits.topk(2, -1)
+        return values, places
 
     @cached_property
     def tokens(self) -> Int[Tensor, " rows"]:
         """Ids of the most probable tokens."""
-        return self.readout.tokens(self.logits.argmax(-1))
+        return self.readout.tokens(self.lead[1][:, 0])
 
     @cached_property
     def top_two(self) -> Float[Tensor, "rows 2"]:
         """Probabilities of the two most probable tokens."""
-        return self.log_law.topk(2, -1).values.exp()
+        return self.law.gather(-1, self.lead[1])
 
     def select(self, rows: Int[Tensor, " some"]) -> "View":
         """The same view of some of the tokens, nothing computed yet."""
