@@ -1,28 +1,36 @@
 """Calibration: text dealt out, losses held against the full model, certificates that bind, exits in use."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from restpoint import bundled
+from restpoint import bundled, cli
 from restpoint.calibrate import run as calibration
+from restpoint.calibrate import sweeping
 from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
 from restpoint.calibrate.options import CalibrateOptions, ReadOptions, SweepOptions
 from restpoint.calibrate.passages import deal
 from restpoint.calibrate.readers import candidate_layers
-from restpoint.calibrate.run import CalibrateReport, calibrate
+from restpoint.calibrate.run import CalibrateReport, calibrate_exits
+from restpoint.calibrate.sweeping import sweep_exits
 from restpoint.decode.settings import SamplingSettings
 from restpoint.errors import RestpointError
+from restpoint.exit.choice import LayerChoice
 from restpoint.exit.engine import ExitTarget
 from restpoint.exit.losses import Disagreement, Outcome
 from restpoint.exit.policy import ExitPolicy, document_hash
 from restpoint.exit.registry import SIGNALS
+from restpoint.exit.risk import RiskControl, select
 from restpoint.exit.rules import PositionRule, ThresholdRule
+from restpoint.exit.sweep import sweep
+from restpoint.exit.traces import record_traces
 from restpoint.exit.view import Readout
 from restpoint.generate import Decoder
 from restpoint.model.layered import LayeredModel
@@ -42,6 +50,13 @@ SMALL = CalibrateOptions(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tuned_on_little() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_TUNED", 60)
+        yield
+
+
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     return Profile.load(bundled.PROFILE_PATH)
@@ -49,7 +64,7 @@ def profile() -> Profile:
 
 @pytest.fixture(scope="module")
 def report(reference: Loaded, profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> CalibrateReport:
-    return calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path_factory.mktemp("calibrated"))
+    return calibrate_exits(reference, bundled.fit_texts(), profile, SMALL, tmp_path_factory.mktemp("calibrated"))
 
 
 # --- text ---
@@ -203,11 +218,11 @@ def test_an_interrupted_calibration_goes_on(
     assert len(report.thresholds) > 2
     monkeypatch.setattr(calibration, "decode_with_exits", stopping(2))
     with pytest.raises(KeyboardInterrupt):
-        calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path)
+        calibrate_exits(reference, bundled.fit_texts(), profile, SMALL, tmp_path)
     with pytest.raises(RestpointError, match=r"^output: .* unfinished calibration of other text, options"):
-        calibrate(reference, bundled.fit_texts(), profile, replace(SMALL, epsilon=0.31), tmp_path)
+        calibrate_exits(reference, bundled.fit_texts(), profile, replace(SMALL, epsilon=0.31), tmp_path)
     monkeypatch.setattr(calibration, "decode_with_exits", stopping(-1))
-    again = calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path)
+    again = calibrate_exits(reference, bundled.fit_texts(), profile, SMALL, tmp_path)
     assert tuple(seen) == report.thresholds, "no threshold is decoded with twice"
     assert again.policy.rule == report.policy.rule
     assert again.mean_losses == report.mean_losses
@@ -218,10 +233,10 @@ def test_no_threshold_may_qualify(reference: Loaded, profile: Profile, tmp_path:
     def always(outcome: Outcome) -> float:
         return 0.25
 
-    found = calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path, loss=always)
+    found = calibrate_exits(reference, bundled.fit_texts(), profile, SMALL, tmp_path, loss=always)
     assert found.selection.index is None or found.mean_losses[0] == 0.25
     hard = replace(SMALL, epsilon=0.26)
-    found = calibrate(reference, bundled.fit_texts(), profile, hard, tmp_path, loss=always)
+    found = calibrate_exits(reference, bundled.fit_texts(), profile, hard, tmp_path, loss=always)
     assert found.selection.index is None
     assert found.selection.needed_sequences is not None
     assert found.selection.needed_sequences > 30
@@ -232,7 +247,7 @@ def test_no_threshold_may_qualify(reference: Loaded, profile: Profile, tmp_path:
         return 1.5
 
     with pytest.raises(RestpointError, match=r"^loss: wrong gave 1.5"):
-        calibrate(reference, bundled.fit_texts(), profile, SMALL, tmp_path, loss=wrong)
+        calibrate_exits(reference, bundled.fit_texts(), profile, SMALL, tmp_path, loss=wrong)
 
 
 def test_what_cannot_be_calibrated_is_refused(reference: Loaded, profile: Profile, tmp_path: Path) -> None:
@@ -246,7 +261,7 @@ def test_what_cannot_be_calibrated_is_refused(reference: Loaded, profile: Profil
         (r"^method.*coin", {"method": "coin"}),
     ):
         with pytest.raises(RestpointError, match=message):
-            calibrate(reference, bundled.fit_texts(), profile, replace(SMALL, **options), tmp_path)
+            calibrate_exits(reference, bundled.fit_texts(), profile, replace(SMALL, **options), tmp_path)
     for message, make in (
         (r"^new_tokens is 1", lambda: ReadOptions(new_tokens=1)),
         (r"^batch is 0", lambda: ReadOptions(batch=0)),
@@ -265,10 +280,120 @@ def test_what_cannot_be_calibrated_is_refused(reference: Loaded, profile: Profil
 
 def test_kept_losses_are_of_one_recipe(tmp_path: Path) -> None:
     kept = Kept(tmp_path, {"seed": 1})
+    choice = LayerChoice("max-p", (8, 12), 0.5, 1.2, 10.0, 0.04)
+    kept.begin(choice, "readers")
     kept.add(0.9, np.array([0.0, 0.25]), 12.5)
     again = Kept(tmp_path, {"seed": 1})
+    assert again.choice == choice
     assert again.done[0.9][0].tolist() == [0.0, 0.25]
     assert again.done[0.9][1] == 12.5
+    again.begin(choice, "readers")
+    with pytest.raises(RestpointError, match=r"^output: "):
+        again.begin(choice, "others")
     with pytest.raises(RestpointError, match=r"^output: "):
         Kept(tmp_path, {"seed": 2})
-    assert json.loads(kept.recipe) == {"seed": 1}
+
+
+def test_a_fitted_calibration_emits_what_it_was_certified_with(
+    reference: Loaded, profile: Profile, tmp_path: Path
+) -> None:
+    options = replace(
+        SMALL, signal="gate", layers=(), lens=False, features=64, fit_tokens=12_000, vocabulary=1000, new_tokens=8
+    )
+    found = calibrate_exits(reference, bundled.fit_texts(), profile, options, tmp_path)
+    policy = Profile.load(tmp_path).exits
+    assert policy is not None
+    assert policy.vocabulary is not None
+    assert len(policy.vocabulary) == 1000
+    assert set(policy.predictors) == set(found.policy.rule.candidates(16))
+    assert policy.readers == found.policy.readers
+    decoders = [Decoder(reference, own, exits=True) for own in (Profile.load(tmp_path), found.profile)]
+    first, second = (decoder.generate("def read(path):", max_tokens=40).tokens for decoder in decoders)
+    assert first == second
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_sweep_compares_signals_on_the_same_traces(reference: Loaded, tmp_path: Path) -> None:
+    options = SweepOptions(
+        signals=("gate", "relative-step"),
+        layers=(8, 12),
+        features=32,
+        fit_tokens=12_000,
+        sequences=12,
+        prompt_tokens=8,
+        new_tokens=8,
+        disagreements=(0.05, 0.2),
+    )
+    found = sweep_exits(reference, bundled.fit_texts(), options, tmp_path)
+    assert set(found.curves) == {"max-p", "gate", "relative-step", "static depth"}
+    assert {(row.name, row.disagreement) for row in found.comparisons} == {
+        (name, most) for name in found.curves for most in (0.05, 0.2)
+    }
+    assert set(found.choices) == {0.05, 0.2}
+    assert set(found.choices[0.2]) == {"max-p", "gate", "relative-step"}
+    for curve in found.curves.values():
+        exact = [point for point in curve.points() if point.disagreement.value == 0]
+        ceiling = found.oracle.points()[0]
+        assert all(point.layers_seen.value >= ceiling.layers_seen.value - 1e-9 for point in exact)
+    found.write(tmp_path / "sweep.json")
+    assert set(json.loads((tmp_path / "sweep.json").read_text())["curves"]) == {*found.curves, "oracle"}
+    assert (tmp_path / "traces.safetensors").exists()
+
+
+def test_the_bound_holds_over_draws_of_recorded_losses_for_every_signal(reference: Loaded) -> None:
+    """200 calibrations of 120 texts drawn from 150: the risk is that of all 150, known exactly. Power: 3 errors."""
+    layered = LayeredModel(reference.model)
+    prompts = [reference.tokenizer(text).input_ids[:8] for text in islice(bundled.fit_texts(), 150)]
+    traces = record_traces(layered, prompts, 12, (10, 13), Readout(layered), SIGNALS, batch=50)
+    control = RiskControl(epsilon=0.1, delta=0.1)
+    generator = np.random.default_rng(0)
+    draws = [generator.integers(0, 150, 120) for _ in range(200)]
+    found = 0
+    for name in SIGNALS:
+        curve = sweep(traces, name, thresholds=24)
+        losses = curve.disagreement.flip(0).T.numpy()  # from safe to fast
+        risk = losses.mean(0)
+        assert risk[0] == 0
+        chosen = [select(losses[draw], control).index for draw in draws]
+        found += sum(index is not None and risk[index] > 0 for index in chosen)
+        violations = np.mean([index is not None and risk[index] > control.epsilon for index in chosen])
+        assert violations <= control.delta + 3 * math.sqrt(control.delta * (1 - control.delta) / 200), name
+    assert found > 1000, "a bound that lets nobody stop would hold too"
+
+
+# --- the command line ---
+
+
+def test_verbs_of_early_exit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "_TUNED", 20)
+    small = ["--lens", "--layers", "12", "14", "--prompt-tokens", "8", "--new-tokens", "8", "--dtype", "float32"]
+    profile = str(tmp_path / "profile")
+    words = ["calibrate", "--signal", "max-p", "--sequences", "30", "--epsilon", "0.3", "-o", profile, *small]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "kept: expected disagreement at most 0.3 with probability 0.9 (30 texts of 8 new tokens" in told
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["status"] == "controlled"
+    assert found["certificate"]["sequences"] == 30
+    generate = ["generate", "--profile", profile, "--dtype", "float32", "--max-tokens", "12", "Once upon a time"]
+    assert cli.main([*generate, "--exit", "--show-depth", "--stats"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip()
+    assert "early exits: expected disagreement at most 0.3" in shown.err
+    assert "tokens by layers: " in shown.err
+    assert "(early exits)" in shown.err
+    assert cli.main([*generate, "--exit", "--drafters", "lookup"]) == 2
+    assert "early exits and drafters exclude each other" in capsys.readouterr().err
+    assert cli.main([*generate, "--exit", "--dtype", "bfloat16"]) == 2
+    assert "the exits were calibrated in float32" in capsys.readouterr().err
+    sweep_words = ["sweep", "--signals", "max-p", "kl", "--sequences", "10", "-o", str(tmp_path / "sweep"), *small]
+    assert cli.main(sweep_words) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "At most 5% of tokens differ" in told
+    assert "oracle" in told
+    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
+    assert cli.main(["calibrate", "MODEL"]) == 2
+    assert "profile: none is given; make one with: restpoint fit MODEL" in capsys.readouterr().err

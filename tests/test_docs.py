@@ -23,7 +23,7 @@ THEORY = ROOT / "docs" / "theory.md"
 DOCUMENTS = [
     README,
     ROOT / "CONTRIBUTING.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("how-it-works", "atlas")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("how-it-works", "atlas", "early-exit", "solvers")),
     THEORY,
 ]
 FIGURES = ROOT / "docs" / "bench.json"

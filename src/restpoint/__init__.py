@@ -8,6 +8,8 @@ In the order that they are used::
     Decoder       generate or stream text (SamplingSettings)         -> Generation with Statistics
     generate_fn   the same inside ``model.generate(custom_generate)`` -> what ``generate`` returns
     bench         decoding speed beside the baselines (BenchOptions) -> a report
+    sweep_exits   what early exits could save (SweepOptions)         -> a report
+    calibrate_exits  early exits with a certificate (CalibrateOptions) -> CalibrateReport with a Profile
     survey        how tokens move (Surveyed, Sample, SurveyOptions)  -> Atlas
     LayeredModel  a causal LM, one layer at a time
 
@@ -20,10 +22,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from restpoint.calibrate.options import CalibrateOptions, SweepOptions
+    from restpoint.calibrate.run import CalibrateReport, calibrate_exits
+    from restpoint.calibrate.sweeping import sweep_exits
     from restpoint.decode.settings import SamplingSettings
     from restpoint.errors import RestpointError
     from restpoint.evaluate.options import BenchOptions
     from restpoint.evaluate.speed import bench
+    from restpoint.exit.policy import ExitPolicy
     from restpoint.fit.options import FitOptions
     from restpoint.fit.run import FitReport, fit_profile
     from restpoint.generate import Decoder
@@ -44,7 +50,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Atlas",
     "BenchOptions",
+    "CalibrateOptions",
+    "CalibrateReport",
     "Decoder",
+    "ExitPolicy",
     "FitOptions",
     "FitReport",
     "Generation",
@@ -57,19 +66,25 @@ __all__ = [
     "Statistics",
     "SurveyOptions",
     "Surveyed",
+    "SweepOptions",
     "__version__",
     "bench",
+    "calibrate_exits",
     "check",
     "fit_profile",
     "generate_fn",
     "load",
     "survey",
+    "sweep_exits",
 ]
 
 _HOMES = {
     "Atlas": "trajectory.atlas",
     "BenchOptions": "evaluate.options",
+    "CalibrateOptions": "calibrate.options",
+    "CalibrateReport": "calibrate.run",
     "Decoder": "generate",
+    "ExitPolicy": "exit.policy",
     "FitOptions": "fit.options",
     "FitReport": "fit.run",
     "Generation": "generation",
@@ -82,12 +97,15 @@ _HOMES = {
     "Statistics": "generation",
     "SurveyOptions": "trajectory.options",
     "Surveyed": "trajectory.surveyed",
+    "SweepOptions": "calibrate.options",
     "bench": "evaluate.speed",
+    "calibrate_exits": "calibrate.run",
     "check": "model.check",
     "fit_profile": "fit.run",
     "generate_fn": "huggingface.custom",
     "load": "model.load",
     "survey": "trajectory.survey",
+    "sweep_exits": "calibrate.sweeping",
 }
 
 

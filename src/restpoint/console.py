@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # these import torch, which a help text can do without
-    from restpoint.calibrate.explore import SweepReport
     from restpoint.calibrate.run import CalibrateReport
+    from restpoint.calibrate.sweeping import SweepReport
     from restpoint.decode.loop import Round
     from restpoint.fit.run import FitReport
     from restpoint.generate import Decoder
@@ -240,9 +240,9 @@ def calibrate_table(report: "CalibrateReport") -> RenderableType:
     selection, control = report.selection, report.selection.control
     layers = " or ".join(str(layer) for layer in report.policy.rule.candidates(sys.maxsize))
     table = Table(title=f"Exits after layer {layers}, from safe to fast", title_justify="left", pad_edge=False)
-    for heading in ("threshold", "mean loss", "p-value", f"at most {control.epsilon:g}", "layers a token"):
+    for heading in ("threshold", "mean loss", "p-value", f"at most {control.epsilon:g}", "mean depth"):
         table.add_column(heading, justify="right", no_wrap=True)
-    rows = zip(report.thresholds, report.mean_losses, selection.p_values, report.layers_per_token, strict=True)
+    rows = zip(report.thresholds, report.mean_losses, selection.p_values, report.depths, strict=True)
     for number, (threshold, loss, p_value, ran) in enumerate(rows):
         kept = number == selection.index
         verdict = "shown" if p_value <= control.delta else "not shown"
@@ -268,7 +268,7 @@ def calibrate_json(report: "CalibrateReport") -> str:
         "thresholds": report.thresholds,
         "mean_losses": report.mean_losses,
         "p_values": report.selection.p_values,
-        "layers_per_token": report.layers_per_token,
+        "depths": report.depths,
         "needed_sequences": report.selection.needed_sequences,
         "rule": report.policy.rule.described(),
         "certificate": None if certificate is None else asdict(certificate),
@@ -285,26 +285,28 @@ def sweep_table(found: "SweepReport") -> RenderableType:
             title=f"At most {most:.0%} of tokens differ", title_justify="left", pad_edge=False, show_edge=False
         )
         table.add_column("signal", no_wrap=True)
-        for heading in ("layers saved", "95%", "more than max-p", "95%", "expected speed"):
+        for heading in ("layers saved", "95%", "more than max-p", "95%", "fastest at layers", "expected speed"):
             table.add_column(heading, justify="right", no_wrap=True)
         rows = [row for row in found.comparisons if row.disagreement == most]
         for row in sorted(rows, key=lambda row: -row.layers_saved.value):
-            more = row.difference
+            more, choice = row.difference, found.choices[most].get(row.name)
             table.add_row(
                 row.name,
                 f"{row.layers_saved.value:.2f}",
                 f"{row.layers_saved.low:.2f}–{row.layers_saved.high:.2f}",
                 "" if more is None else f"{more.value:+.2f}",
                 "" if more is None else f"{more.low:+.2f}–{more.high:+.2f}",
-                "" if row.speed is None else f"{row.speed.value:.2f}",
+                "" if choice is None else ", ".join(map(str, choice.layers)) or "none",
+                "" if choice is None else f"{choice.speed:.2f}",
             )
         ceiling = next(point for point in found.oracle.points() if point.setting == most)
         table.add_row("oracle", f"{found.depth - ceiling.layers_seen.value:.2f}", style="dim")
         tables.append(table)
     layers = ", ".join(str(layer) for layer in found.layers)
     about = (
-        f"{found.model}, {found.depth} layers; exits after {layers}; {found.sequences} texts of {found.new_tokens} "
-        "tokens that the full model wrote. Speed is what measured times let expect, one text at a time."
+        f"{found.model}, {found.depth} layers; looks after {layers}; {found.sequences} texts of {found.new_tokens} "
+        "tokens that the full model wrote. Speed, over plain decoding, is what measured times let expect of the best "
+        "one or two of these layers, one text at a time."
     )
     return Group(*tables, Text(about, style="dim"))
 

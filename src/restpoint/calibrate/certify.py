@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from restpoint.decode.loop import Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.errors import RestpointError
+from restpoint.exit.choice import LayerChoice
 from restpoint.exit.engine import ExitTarget
 from restpoint.exit.losses import Loss, Outcome, checked
 from restpoint.model.layered import LayeredModel
@@ -78,24 +79,34 @@ def decode_with_exits(
                     depths += turn.depth
                 kept.clear()
             calls += next(iter(rounds.values())).layer_calls if number else 0
-        outcomes += [_outcome(target.layered, text, own) for text, own in zip(texts, logs, strict=True)]
+        outcomes += _outcomes(target.layered, texts, logs)
     return Decoded(outcomes, calls, tokens, depths / max(1, tokens))
 
 
-def _outcome(layered: LayeredModel, text: Text, logs: list[Tensor]) -> Outcome | None:
-    """A text beside the full model, which reads it in one pass."""
-    if not logs:
-        return None
-    ids = torch.tensor([text.path.tokens], device=layered.device)
-    states = layered.run(layered.plan(ids))[:, -len(logs) - 1 : -1]
-    full = layered.logits(states)[0].float().log_softmax(-1)
-    tokens = ids[0, -len(logs) :]
-    return Outcome(
-        tokens=tokens.cpu().numpy(),
-        full_tokens=full.argmax(-1).cpu().numpy(),
-        log_probability=torch.stack(logs).cpu().numpy(),
-        full_log_probability=full.gather(-1, tokens[:, None])[:, 0].cpu().numpy(),
+def _outcomes(layered: LayeredModel, texts: Sequence[Text], logs: Sequence[list[Tensor]]) -> list[Outcome | None]:
+    """Texts beside the full model, which reads them in one pass; shorter ones are filled up behind their end."""
+    longest = max(len(text.path.tokens) for text in texts)
+    ids = torch.tensor(
+        [[*text.path.tokens, *[0] * (longest - len(text.path.tokens))] for text in texts], device=layered.device
     )
+    states = layered.run(layered.plan(ids))
+    outcomes: list[Outcome | None] = []
+    for row, (text, own) in enumerate(zip(texts, logs, strict=True)):
+        if not own:
+            outcomes.append(None)
+            continue
+        end = len(text.path.tokens)
+        tokens = ids[row, end - len(own) : end]
+        full = layered.logits(states[row : row + 1, end - len(own) - 1 : end - 1])[0].float().log_softmax(-1)
+        outcomes.append(
+            Outcome(
+                tokens=tokens.cpu().numpy(),
+                full_tokens=full.argmax(-1).cpu().numpy(),
+                log_probability=torch.stack(own).cpu().numpy(),
+                full_log_probability=full.gather(-1, tokens[:, None])[:, 0].cpu().numpy(),
+            )
+        )
+    return outcomes
 
 
 def losses_of(decoded: Decoded, loss: Loss) -> np.ndarray:
@@ -104,11 +115,15 @@ def losses_of(decoded: Decoded, loss: Loss) -> np.ndarray:
 
 
 class Kept:
-    """Losses of the thresholds that are done, on disk: certifying goes on from there after an interruption.
+    """A calibration that is under way, on disk: it goes on from there after an interruption.
 
     Args:
         folder: of the profile.
-        recipe: of the calibration; another one's losses are refused.
+        recipe: of the calibration; what another one left is refused.
+
+    Attributes:
+        choice: of layers; None where none was made yet.
+        done: by threshold, losses of all texts and mean depth.
 
     Raises:
         RestpointError: the folder holds an unfinished calibration of something else.
@@ -117,26 +132,54 @@ class Kept:
     def __init__(self, folder: Path, recipe: dict[str, Any]):
         self.path = folder / _PARTIAL
         self.recipe = json.dumps(recipe, sort_keys=True)
+        self.choice: LayerChoice | None = None
         self.done: dict[float, tuple[np.ndarray, float]] = {}
+        self._readers = ""
         if not self.path.exists():
             return
         with safe_open(self.path, "numpy") as file:
             about = json.loads(file.metadata()["about"])
             if about["recipe"] != self.recipe:
-                raise RestpointError(
-                    f"output: {folder} holds an unfinished calibration of other text, options or model; finish that "
-                    f"one, remove {_PARTIAL}, or give another folder"
-                )
-            for threshold, layers in about["done"]:
-                self.done[threshold] = file.get_tensor(repr(threshold)), layers
+                raise self._other()
+            choice = about["choice"]
+            self.choice = LayerChoice(**{**choice, "layers": tuple(choice["layers"])})
+            self._readers = about["readers"]
+            for threshold, depth in about["done"]:
+                self.done[threshold] = file.get_tensor(repr(threshold)), depth
 
-    def add(self, threshold: float, losses: np.ndarray, layers: float) -> None:
-        """Keep the losses of a threshold, and its layers a token."""
-        self.done[threshold] = losses, layers
-        about = {"recipe": self.recipe, "done": [[own, layers] for own, (_, layers) in self.done.items()]}
-        tensors = {repr(own): losses for own, (losses, _) in self.done.items()}
-        files.write(self.path, lambda path: save_file(tensors, path, {"about": json.dumps(about)}))
+    def begin(self, choice: LayerChoice, readers: str) -> None:
+        """Keep what all thresholds have in common.
+
+        Raises:
+            RestpointError: what was begun read states in another way.
+        """
+        if self._readers not in ("", readers):
+            raise self._other()
+        self.choice, self._readers = choice, readers
+        self._write()
+
+    def add(self, threshold: float, losses: np.ndarray, depth: float) -> None:
+        """Keep what a threshold came to."""
+        self.done[threshold] = losses, depth
+        self._write()
 
     def remove(self) -> None:
         """The calibration is finished."""
         self.path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        assert self.choice is not None
+        about = {
+            "recipe": self.recipe,
+            "choice": asdict(self.choice),
+            "readers": self._readers,
+            "done": [[threshold, depth] for threshold, (_, depth) in self.done.items()],
+        }
+        tensors = {repr(threshold): losses for threshold, (losses, _) in self.done.items()}
+        files.write(self.path, lambda path: save_file(tensors, path, {"about": json.dumps(about)}))
+
+    def _other(self) -> RestpointError:
+        return RestpointError(
+            f"output: {self.path.parent} holds an unfinished calibration of other text, options or model; finish that "
+            f"one, remove {_PARTIAL}, or give another folder"
+        )

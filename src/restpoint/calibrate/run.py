@@ -50,7 +50,7 @@ class CalibrateReport:
         choice: layers and threshold that the tuning text suggested, with the expected speed.
         thresholds: that were decoded with, from safe to fast.
         mean_losses: of each.
-        layers_per_token: of each, run for a new token, in batches.
+        depths: of each, layers behind the law of a new token, on average.
         sources: documents that the certified texts come from.
     """
 
@@ -60,11 +60,11 @@ class CalibrateReport:
     choice: LayerChoice
     thresholds: tuple[float, ...]
     mean_losses: tuple[float, ...]
-    layers_per_token: tuple[float, ...]
+    depths: tuple[float, ...]
     sources: int
 
 
-def calibrate(
+def calibrate_exits(
     loaded: Loaded,
     texts: Iterable[str],
     profile: Profile,
@@ -102,6 +102,7 @@ def calibrate(
             f"sequences is {options.sequences}; epsilon={options.epsilon} at delta={options.delta} needs {least} at "
             "least, even without a single loss"
         )
+    loss_name = options.loss if loss is None else getattr(loss, "__name__", type(loss).__name__)
     loss = loss or named_loss(options.loss)
     named("signal", options.signal, {**SIGNALS, **{kind.kind: kind for kind in FITTED}})
     layered = LayeredModel(loaded.model)
@@ -116,27 +117,23 @@ def calibrate(
     whole = options.signal == RestRadius.kind
     readout = fit_readout(loaded, layered, passages.fit, candidates, options, output, report, whole_vocabulary=whole)
     tuning = Tuning(layered, readout, passages.tune, options, report)
-    choice, signal = tuning.choose(candidates)
-    layers = choice.layers
+    mark = fingerprint(loaded.model, loaded.tokenizer)
+    kept = Kept(output, {**asdict(options), "text": passages.text, "model": mark, "loss": loss_name})
+    # Layers are chosen by measured times, which differ from run to run: what was begun goes on with its own.
+    choice = kept.choice or tuning.choose(candidates)
+    layers, signal = choice.layers, tuning.signal(choice.layers)
     predictors = {layer: own for layer, own in readout.predictors.items() if layer in layers}
     policy = ExitPolicy(_rule(options, choice.threshold, layers), predictors, signal, readout.vocabulary)
-    recipe = {
-        **asdict(options),
-        "text": passages.text,
-        "model": fingerprint(loaded.model, loaded.tokenizer),
-        "readers": policy.readers,
-        "loss": getattr(loss, "__name__", type(loss).__name__),
-    }
-    kept = Kept(output, recipe)
+    kept.begin(choice, policy.readers)
 
     def run(threshold: float) -> tuple[np.ndarray, float]:
         if threshold not in kept.done:
             target = replace(policy, rule=_rule(options, threshold, layers)).target(layered)
             decoded = decode_with_exits(target, passages.judge, options.new_tokens, _ends(loaded), options.batch)
-            kept.add(threshold, losses_of(decoded, loss), decoded.layer_calls / max(1, decoded.tokens))
+            kept.add(threshold, losses_of(decoded, loss), decoded.mean_depth)
         return kept.done[threshold]
 
-    columns, layers_per_token, selection = _test(run, tuning.thresholds(layers, signal), control, report)
+    columns, depths, selection = _test(run, tuning.thresholds(layers, signal), control, report)
     tried = tuple(columns)
     chosen = 0 if selection.index is None else selection.index
     policy = replace(policy, rule=_rule(options, tried[chosen], layers))
@@ -144,14 +141,14 @@ def calibrate(
     if selection.index is not None:
         exits = policy = replace(
             policy,
-            certificate=_certificate(layered, policy, selection, passages, options, tried, layers_per_token[chosen]),
+            certificate=_certificate(layered, policy, selection, passages, options, loss_name, tried, depths[chosen]),
             monitor=_monitor(layered, policy, passages.judge, options.batch),
         )
     profile = replace(profile, exits=exits)
     profile.save(output)
     kept.remove()
     means = tuple(float(losses.mean()) for losses in columns.values())
-    return CalibrateReport(profile, policy, selection, choice, tried, means, layers_per_token, passages.sources)
+    return CalibrateReport(profile, policy, selection, choice, tried, means, depths, passages.sources)
 
 
 def _test(
@@ -160,26 +157,26 @@ def _test(
     control: RiskControl,
     report: Progress,
 ) -> tuple[dict[float, np.ndarray], tuple[float, ...], Selection]:
-    """Decode with one threshold after the other, until one fails: losses, layers per token, and the outcome.
+    """Decode with one threshold after the other, until one fails: losses, mean depths, and the outcome.
 
     Args:
-        run: decodes with a threshold: losses of all texts, and layers per token.
+        run: decodes with a threshold: losses of all texts, and mean depth of a token.
         thresholds: from safe to fast, at least one.
         control: what is to be shown.
         report: told of the progress.
     """
     columns: dict[float, np.ndarray] = {}
-    layers_per_token: list[float] = []
+    depths: list[float] = []
     while True:
         report("certify", len(columns), len(thresholds))
         threshold = thresholds[len(columns)]
-        columns[threshold], layers = run(threshold)
-        layers_per_token.append(layers)
+        columns[threshold], depth = run(threshold)
+        depths.append(depth)
         selection = select(np.stack(list(columns.values()), 1), control)
         passed = selection.index == len(columns) - 1
         if not passed or len(columns) == len(thresholds):
             report("certify", len(thresholds), len(thresholds))
-            return columns, tuple(layers_per_token), selection
+            return columns, tuple(depths), selection
 
 
 def _rule(options: CalibrateOptions, threshold: float, layers: tuple[int, ...]) -> ThresholdRule:
@@ -199,11 +196,12 @@ def _certificate(
     selection: Selection,
     passages: Passages,
     options: CalibrateOptions,
+    loss: str,
     thresholds: tuple[float, ...],
-    layers_per_token: float,
+    mean_depth: float,
 ) -> Certificate:
     return Certificate(
-        loss=options.loss,
+        loss=loss,
         epsilon=options.epsilon,
         delta=options.delta,
         method=options.method,
@@ -213,7 +211,7 @@ def _certificate(
         mean_loss=selection.mean_loss,
         upper_bound=selection.upper_bound,
         thresholds=thresholds,
-        layers_per_token=layers_per_token,
+        mean_depth=mean_depth,
         dtype=str(layered.dtype).removeprefix("torch."),
         readers=policy.readers,
         text=passages.text,

@@ -51,10 +51,10 @@ class Tuning:
         self._fitting, self._tracing = prompts[:half], prompts[half:]
         self._texts: list[Tensor] | None = None
 
-    def choose(self, candidates: tuple[int, ...]) -> tuple[LayerChoice, Signal]:
-        """Layers to look at by expected speed, and the signal, fitted for these layers."""
+    def choose(self, candidates: tuple[int, ...]) -> LayerChoice:
+        """Layers to look at, by expected speed, and what to expect of them."""
         name = self.options.signal
-        signal = self._fit(candidates, apart=True)
+        signal = self.signal(candidates, apart=True)
         costs = measure_exit_costs(self.layered, self.readout, {name: signal}, candidates)
         # Where layers are chosen for another loss than the share of tokens, that share stands in for it.
         choice = choose_layers(
@@ -62,7 +62,7 @@ class Tuning:
         )
         if self.options.layers or not choice.layers:
             choice = replace(choice, layers=self.options.layers or candidates[-1:])
-        return choice, self._fit(choice.layers)
+        return choice
 
     def thresholds(self, layers: tuple[int, ...], signal: Signal) -> tuple[float, ...]:
         """Those that lose given shares of epsilon on the traces, from safe to fast.
@@ -100,7 +100,8 @@ class Tuning:
             progress=self.report,
         )
 
-    def _fit(self, layers: tuple[int, ...], apart: bool = False) -> Signal:
+    def signal(self, layers: tuple[int, ...], apart: bool = False) -> Signal:
+        """What decides, fitted for these layers; with ``apart``, so that any of them can be left out."""
         name = self.options.signal
         if name not in SIGNALS and self._texts is None:
             self._texts = write_texts(self.layered, self._fitting, self.options, self.report)

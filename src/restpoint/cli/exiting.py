@@ -52,10 +52,10 @@ class Calibrate:
         if profile is None:
             raise RestpointError(f"profile: none is given; make one with: restpoint fit {self.model} --output FOLDER")
         loaded = self.loading.load(self.model)
-        from restpoint.calibrate.run import calibrate
+        from restpoint.calibrate.run import calibrate_exits
 
         with console.progress_bars() as progress:
-            report = calibrate(loaded, texts, profile, self.calibrating, self.output, progress)
+            report = calibrate_exits(loaded, texts, profile, self.calibrating, self.output, progress)
         if self.json:
             print(console.calibrate_json(report))
         else:
@@ -94,11 +94,11 @@ class Sweep:
         """Read, load, record, draw, show."""
         texts = read_texts(self.text) if self.text else fit_texts()
         loaded = self.loading.load(self.model)
-        from restpoint.calibrate.explore import explore
+        from restpoint.calibrate.sweeping import sweep_exits
         from restpoint.evaluate.exit_chart import draw
 
         with console.progress_bars() as progress:
-            found = explore(loaded, texts, self.sweeping, self.output, progress)
+            found = sweep_exits(loaded, texts, self.sweeping, self.output, progress)
         draw({**found.curves, "oracle": found.oracle}, self.output / "sweep.png")
         found.write(self.output / "sweep.json")
         if self.json:

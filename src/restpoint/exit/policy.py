@@ -12,6 +12,7 @@ from torch import Tensor
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError
 from restpoint.exit.engine import ExitTarget
+from restpoint.exit.registry import restored
 from restpoint.exit.rules import Rule
 from restpoint.exit.shift import ShiftMonitor
 from restpoint.exit.signals import Signal
@@ -37,7 +38,8 @@ class Certificate:
         mean_loss: that was measured.
         upper_bound: least bound that the test would have passed; at most epsilon.
         thresholds: tested, from safe to fast; the last one that passed is the rule's.
-        layers_per_token: layers run for a new token during the calibration, catching up included.
+        mean_depth: layers behind the law of a new token during the calibration; also layers run for it where one text
+            is decoded with exact catch-up.
         dtype: of the model.
         readers: SHA-256 of predictors and signal.
         text: SHA-256 of the calibration's text.
@@ -56,7 +58,7 @@ class Certificate:
     mean_loss: float
     upper_bound: float
     thresholds: tuple[float, ...]
-    layers_per_token: float
+    mean_depth: float
     dtype: str
     readers: str
     text: str
@@ -205,7 +207,7 @@ class ExitPolicy:
                 int(layer): Predictor.from_state(config, under(f"predictors/{layer}/")).to(dtype=torch.float32)
                 for layer, config in described["predictors"].items()
             },
-            signal=None if described["signal"] is None else Signal.from_state(described["signal"], under("signal/")),
+            signal=None if described["signal"] is None else restored(described["signal"], under("signal/")),
             vocabulary=tensors.get("vocabulary"),
             certificate=certificate,
             monitor=None if monitor is None else ShiftMonitor.from_json(monitor),

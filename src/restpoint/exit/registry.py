@@ -1,5 +1,10 @@
 """All signals: those without fitted tensors by name, and every kind made known to `Signal.from_state`."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
 from restpoint.exit.gate import Gate
 from restpoint.exit.law_signals import (
     Disagreement,
@@ -35,3 +40,12 @@ SIGNALS: dict[str, Signal] = {
 
 FITTED: tuple[type[Signal], ...] = (TaskSaturation, Gate, RestRadius)
 """Those that do."""
+
+
+def restored(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Signal:
+    """The signal that :meth:`Signal.state` described, of whichever kind: here all are known.
+
+    Raises:
+        RestpointError: the kind is unknown.
+    """
+    return Signal.from_state(config, tensors)

@@ -10,7 +10,7 @@ from restpoint import files
 from restpoint.calibrate.options import SweepOptions
 from restpoint.calibrate.passages import deal
 from restpoint.calibrate.readers import candidate_layers, fit_readout, fit_signal, write_texts
-from restpoint.exit.choice import Comparison, compare
+from restpoint.exit.choice import Comparison, LayerChoice, choose_layers, compare
 from restpoint.exit.costs import measure_exit_costs
 from restpoint.exit.names import named
 from restpoint.exit.radius import RestRadius
@@ -36,7 +36,8 @@ class SweepReport:
         layers: candidate layers.
         curves: of every signal, by name, and of depths fixed beforehand.
         oracle: the ceiling.
-        comparisons: layers saved at equal disagreement, against max-p.
+        comparisons: layers saved at equal disagreement by looking at all candidate layers, against max-p.
+        choices: by disagreement and signal, the few layers with the best expected speed.
         sequences: texts that were traced.
         new_tokens: traced of each.
     """
@@ -47,6 +48,7 @@ class SweepReport:
     curves: Mapping[str, Curve]
     oracle: Curve
     comparisons: tuple[Comparison, ...]
+    choices: Mapping[float, Mapping[str, LayerChoice]]
     sequences: int
     new_tokens: int
 
@@ -63,6 +65,10 @@ class SweepReport:
             "sequences": self.sequences,
             "new_tokens": self.new_tokens,
             "comparisons": [asdict(row) for row in self.comparisons],
+            "choices": {
+                str(most): {name: asdict(choice) for name, choice in found.items()}
+                for most, found in self.choices.items()
+            },
             "curves": {
                 name: [asdict(point) for point in curve.points()]
                 for name, curve in {**self.curves, "oracle": self.oracle}.items()
@@ -72,7 +78,7 @@ class SweepReport:
         files.write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def explore(
+def sweep_exits(
     loaded: Loaded,
     texts: Iterable[str],
     options: SweepOptions | None = None,
@@ -108,7 +114,8 @@ def explore(
     signals = {}
     for done, name in enumerate(names):
         report("fit signals", done, len(names))
-        signals[name] = fit_signal(name, written, layers, readout, options.seed)
+        # Apart, so that any of the layers can be left out when the best few are chosen.
+        signals[name] = fit_signal(name, written, layers, readout, options.seed, apart=True)
     report("fit signals", len(names), len(names))
     traces = record_traces(
         layered,
@@ -126,6 +133,11 @@ def explore(
     curves = sweeps(traces, costs)
     depths = fixed(traces, costs)
     curves[depths.name] = depths
+    choices: dict[float, dict[str, LayerChoice]] = {}
+    for done, most in enumerate(options.disagreements):
+        report("choose layers", done, len(options.disagreements))
+        choices[most] = {name: choose_layers(traces, costs, name, most) for name in names}
+    report("choose layers", len(options.disagreements), len(options.disagreements))
     budgets = sorted({0.0, *options.disagreements})
     return SweepReport(
         model=loaded.name,
@@ -134,6 +146,7 @@ def explore(
         curves=curves,
         oracle=oracle(traces, costs, budgets=budgets),
         comparisons=tuple(compare(curves, options.disagreements, seed=options.seed)),
+        choices=choices,
         sequences=len(passages.judge),
         new_tokens=options.new_tokens - 1,
     )
