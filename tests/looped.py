@@ -5,9 +5,9 @@ from collections import defaultdict
 
 import torch
 
-from restpoint.model.deq import DeepEquilibriumConfig, DeepEquilibriumForCausalLM
-from restpoint.model.recurrent import RecurrentDepthForCausalLM
-from restpoint.model.recurrent_config import RecurrentDepthConfig
+from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
+from restpoint.model.recurrent.config import RecurrentDepthConfig
+from restpoint.model.recurrent.deq import DeepEquilibriumConfig, DeepEquilibriumForCausalLM
 
 VOCABULARY = 61
 TINY = {

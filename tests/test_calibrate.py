@@ -22,6 +22,8 @@ from restpoint.calibrate.run import CalibrateReport, calibrate_exits
 from restpoint.calibrate.sweeping import sweep_exits
 from restpoint.decode.settings import SamplingSettings
 from restpoint.errors import RestpointError
+from restpoint.evaluate.options import BenchOptions
+from restpoint.evaluate.speed import bench
 from restpoint.exit.choice import LayerChoice
 from restpoint.exit.engine import ExitTarget
 from restpoint.exit.losses import Disagreement, Outcome
@@ -59,7 +61,7 @@ def _tuned_on_little() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    return Profile.load(bundled.PROFILE_PATH)
+    return replace(Profile.load(bundled.PROFILE_PATH), exits=None)
 
 
 @pytest.fixture(scope="module")
@@ -397,3 +399,27 @@ def test_verbs_of_early_exit(
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 10_000
     assert cli.main(["calibrate", "MODEL"]) == 2
     assert "profile: none is given; make one with: restpoint fit MODEL" in capsys.readouterr().err
+
+
+def test_the_bundled_exits_are_measured_beside_plain_decoding(reference: Loaded) -> None:
+    profile = Profile.load(bundled.PROFILE_PATH)
+    options = BenchOptions(new_tokens=16, prompts=1, repetitions=1, domains=("maths",), exits=True, budget_seconds=0.1)
+    rows = {row.method: row for row in bench(reference, profile, options).rows if row.domain == "average"}
+    exits, verified = rows["early exits"], rows["early exits, verified"]
+    assert exits.disagreement is not None
+    assert 0 <= exits.disagreement < 0.5
+    assert exits.layers_per_token is not None
+    assert 11 <= exits.layers_per_token < 16
+    assert exits.divergences == ()
+    assert verified.identical == 1
+    assert verified.disagreement is None
+    with pytest.raises(RestpointError, match=r"^exits: the profile has none"):
+        bench(reference, replace(profile, exits=None), options)
+
+
+def test_the_bundled_model_exits_early_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--exit", "--show-depth", "--dtype", "float32", "--max-tokens", "24", "Once upon a time"]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr()
+    assert "expected disagreement at most 0.05 with probability 0.9 (500 texts" in shown.err
+    assert "11: " in shown.err

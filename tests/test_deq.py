@@ -5,9 +5,9 @@ from transformers import AutoModelForCausalLM
 from looped import TINY, equilibrium, pieces, tokens
 from restpoint.equilibrium.exits import RelativeStep
 from restpoint.errors import RestpointError
-from restpoint.model.deq import DeepEquilibriumForCausalLM
-from restpoint.model.recurrent import RecurrentDepthForCausalLM, recurrent_states
-from restpoint.model.recurrent_config import DeepEquilibriumConfig, RecurrentDepthConfig
+from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM, recurrent_states
+from restpoint.model.recurrent.config import DeepEquilibriumConfig, RecurrentDepthConfig
+from restpoint.model.recurrent.deq import DeepEquilibriumForCausalLM
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-7}
 

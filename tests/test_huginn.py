@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from restpoint.errors import RestpointError
-from restpoint.model.huginn import huginn_config, huginn_weights, load_huginn
+from restpoint.model.recurrent.huginn import huginn_config, huginn_weights, load_huginn
 
 HIDDEN, HEADS, INNER, VOCABULARY, LENGTH, BASE = 24, 3, 40, 50, 32, 50_000
 SIZE, HALF = HIDDEN // HEADS, HIDDEN // HEADS // 2

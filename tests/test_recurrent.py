@@ -9,9 +9,9 @@ from transformers.cache_utils import DynamicCache
 from looped import TINY, VOCABULARY, Slow, pieces, recurrent, tokens
 from restpoint.equilibrium.exits import Acceleration, ArgmaxStability, Divergence, RelativeStep
 from restpoint.errors import RestpointError
-from restpoint.model.recurrent import RecurrentDepthForCausalLM, recurrent_states
-from restpoint.model.recurrent_backbone import draw_steps
-from restpoint.model.recurrent_config import RecurrentDepthConfig
+from restpoint.model.recurrent.backbone import draw_steps
+from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM, recurrent_states
+from restpoint.model.recurrent.config import RecurrentDepthConfig
 from restpoint.model.watch import WatchedLayers
 
 CHUNKS = [(11,), (1,) * 11, (3, 1, 5, 2), (10, 1)]

@@ -56,8 +56,8 @@ class CalibrateOptions(ReadOptions):
     delta: float = 0.1
     """How often, over draws of calibration texts, the expected loss may be above epsilon after all."""
     signal: str = "gate"
-    """What decides: gate (learned), max-p, margin, entropy, entropy-difference, kl, cosine, relative-step,
-    acceleration, disagreement, transport, task-saturation or rest-radius."""
+    """What decides: gate (learned), logit-margin, max-p, margin, entropy, entropy-difference, kl, cosine,
+    relative-step, acceleration, disagreement, transport, task-saturation or rest-radius."""
     most_layers: int = 2
     """How many layers to look at, at most, where they are chosen."""
     catch_up: str = "exact"

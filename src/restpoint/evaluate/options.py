@@ -33,6 +33,8 @@ class BenchOptions:
     """Kinds of text to continue: code, maths, prose, plays."""
     compile: Flag = False
     """Measure compiled passes too, plain and with drafts; compiling takes a minute or so the first time."""
+    exits: Flag = False
+    """Measure early exits too, as the profile is calibrated, and the same exit as a draft that is verified."""
     alone: Flag = False
     """Measure every drafter by itself too, and those that can remember other texts cold and warm."""
     fixed: Annotated[tuple[int, ...], arg(metavar="NODES ...", help_behavior_hint="")] = ()
@@ -76,6 +78,7 @@ class BenchOptions:
             repetitions=self.repetitions or repetitions,
             domains=self.domains,
             compile=self.compile,
+            exits=self.exits,
             alone=self.alone,
             fixed=self.fixed,
             verifier=self.verifier,

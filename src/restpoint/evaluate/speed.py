@@ -72,10 +72,8 @@ def bench(
     options = (options or BenchOptions()).resolved()
     report = progress or (lambda _stage, _done, _total: None)
     plain = Decoder(loaded)
-    if profile is not None and profile.exits is not None and profile.exits.certificate is not None:
-        profile.exits.certificate.require_unseen(
-            [prompt.text for domain in options.domains for prompt in bundled.prompts(domain)], "domains"
-        )
+    if options.exits:
+        _check_exits(profile, options)
     prompts = _prompts(plain, options)
     methods: list[Method] = [
         HuggingFace(loaded, options.temperature),
@@ -108,6 +106,15 @@ def bench(
     return BenchReport(conditions(plain, options, laps, len(prompts), notes), tuple(rows))
 
 
+def _check_exits(profile: Profile | None, options: BenchOptions) -> None:
+    """Refuse exits that are not there, that cannot be compared, or that were calibrated on these prompts."""
+    if profile is None or profile.exits is None:
+        raise RestpointError("exits: the profile has none; calibrate some with: restpoint calibrate --profile FOLDER")
+    if profile.exits.certificate is not None:
+        prompts = [prompt.text for domain in options.domains for prompt in bundled.prompts(domain)]
+        profile.exits.certificate.require_unseen(prompts, "domains")
+
+
 def _contestants(
     loaded: Loaded, profile: Profile | None, options: BenchOptions, report: Progress
 ) -> Iterator[tuple[str, Decoder, int | None]]:
@@ -125,7 +132,7 @@ def _contestants(
         yield COMPILED, Decoder(loaded, profile, verifier=options.verifier, compile=compiled), None
     if drafting.drafting is None:
         return
-    if (exits := profile.exits) is not None:
+    if options.exits and (exits := profile.exits) is not None:
         yield EXITS, Decoder(loaded, profile, exits=True), None
         if exits.predictors:
             first = exits.predictors[min(exits.predictors)]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
-from restpoint.model.recurrent_cache import Chosen, RecurrentCache
-from restpoint.model.recurrent_config import RecurrentDepthConfig
+from restpoint.model.recurrent.cache import Chosen, RecurrentCache
+from restpoint.model.recurrent.config import RecurrentDepthConfig
 
 _BLOCK = 64
 _SEEDS = 2**32

@@ -16,12 +16,12 @@ from restpoint.equilibrium.solvers.method import Method
 from restpoint.equilibrium.solvers.picard import Picard
 from restpoint.equilibrium.solvers.solution import Solution
 from restpoint.errors import RestpointError
-from restpoint.model.recurrent import RecurrentDepthForCausalLM
-from restpoint.model.recurrent_backbone import RecurrentDepthModel
-from restpoint.model.recurrent_cache import Chosen
-from restpoint.model.recurrent_config import DeepEquilibriumConfig
-from restpoint.model.recurrent_exits import Rest
-from restpoint.model.recurrent_layers import Pass
+from restpoint.model.recurrent.backbone import RecurrentDepthModel
+from restpoint.model.recurrent.cache import Chosen
+from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
+from restpoint.model.recurrent.config import DeepEquilibriumConfig
+from restpoint.model.recurrent.exits import Rest
+from restpoint.model.recurrent.layers import Pass
 
 _METHODS: dict[str, type[Method]] = {"anderson": Anderson, "broyden": Broyden, "picard": Picard}
 

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from restpoint.equilibrium.exits import ExitCriterion, Iterate
-from restpoint.model.recurrent_cache import Chosen
-from restpoint.model.recurrent_layers import Pass
+from restpoint.model.recurrent.cache import Chosen
+from restpoint.model.recurrent.layers import Pass
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,10 +18,10 @@ from transformers.utils.generic import can_return_tuple
 
 from restpoint.equilibrium.exits import ExitCriterion
 from restpoint.errors import RestpointError
-from restpoint.model.recurrent_cache import RecurrentCache, refuse_other
-from restpoint.model.recurrent_config import RecurrentDepthConfig
-from restpoint.model.recurrent_exits import Rest, iterate_until_exit
-from restpoint.model.recurrent_layers import Pass, SandwichLayer, StateNoise, cut_normal
+from restpoint.model.recurrent.cache import RecurrentCache, refuse_other
+from restpoint.model.recurrent.config import RecurrentDepthConfig
+from restpoint.model.recurrent.exits import Rest, iterate_until_exit
+from restpoint.model.recurrent.layers import Pass, SandwichLayer, StateNoise, cut_normal
 
 
 @dataclass

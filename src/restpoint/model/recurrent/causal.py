@@ -13,9 +13,9 @@ from transformers.utils.generic import can_return_tuple
 
 from restpoint.equilibrium.exits import ExitCriterion
 from restpoint.errors import RestpointError
-from restpoint.model.recurrent_backbone import RecurrentDepthModel, RecurrentPreTrainedModel
-from restpoint.model.recurrent_cache import RecurrentCache
-from restpoint.model.recurrent_config import RecurrentDepthConfig
+from restpoint.model.recurrent.backbone import RecurrentDepthModel, RecurrentPreTrainedModel
+from restpoint.model.recurrent.cache import RecurrentCache
+from restpoint.model.recurrent.config import RecurrentDepthConfig
 
 
 @dataclass

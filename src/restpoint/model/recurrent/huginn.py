@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from restpoint.errors import RestpointError
-from restpoint.model.recurrent import RecurrentDepthForCausalLM
-from restpoint.model.recurrent_config import RecurrentDepthConfig
+from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
+from restpoint.model.recurrent.config import RecurrentDepthConfig
 
 MODEL_TYPE = "huginn_raven"
 _PARTS = {"prelude": "prelude", "core_block": "core", "coda": "coda"}

@@ -1,0 +1,1 @@
+"""Language models that iterate one block: recurrent depth, and deep equilibrium; importing a model registers it."""
