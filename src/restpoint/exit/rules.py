@@ -54,14 +54,14 @@ class Rule(ABC):
         return frozenset()
 
     def stops(self, view: View, places: Sequence[int], signal: Signal | None) -> Bool[Tensor, " rows"]:
-        """Which tokens stop at a candidate layer.
+        """Which tokens stop at a candidate layer; nobody, where a rule has no candidates.
 
         Args:
             view: what is seen of them there.
             places: of each, how many new tokens came before it.
             signal: the one that the rule names, where it names one.
         """
-        raise NotImplementedError
+        return torch.zeros(len(places), dtype=torch.bool)
 
     def described(self) -> dict[str, Any]:
         """JSON-able; `from_described` reads it."""
