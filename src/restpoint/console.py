@@ -292,8 +292,8 @@ def sweep_table(found: "SweepReport") -> RenderableType:
             more, choice = row.difference, found.choices[most].get(row.name)
             table.add_row(
                 row.name,
-                f"{row.layers_saved.value:.2f}",
-                f"{row.layers_saved.low:.2f}–{row.layers_saved.high:.2f}",
+                _plain(row.layers_saved.value),
+                f"{_plain(row.layers_saved.low)}–{_plain(row.layers_saved.high)}",
                 "" if more is None else f"{more.value:+.2f}",
                 "" if more is None else f"{more.low:+.2f}–{more.high:+.2f}",
                 "" if choice is None else ", ".join(map(str, choice.layers)) or "none",
@@ -309,6 +309,11 @@ def sweep_table(found: "SweepReport") -> RenderableType:
         "one or two of these layers, one text at a time."
     )
     return Group(*tables, Text(about, style="dim"))
+
+
+def _plain(value: float) -> str:
+    """Two decimals, and no sign before a zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def atlas_table(atlas: "Atlas") -> RenderableType:
