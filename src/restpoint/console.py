@@ -311,9 +311,9 @@ def sweep_table(found: "SweepReport") -> RenderableType:
     return Group(*tables, Text(about, style="dim"))
 
 
-def _plain(value: float) -> str:
-    """Two decimals, and no sign before a zero."""
-    return f"{round(value, 2) + 0.0:.2f}"
+def _plain(value: float | None) -> str:
+    """Two decimals, and no sign before a zero; a dash for what could not be told."""
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"
 
 
 def atlas_table(atlas: "Atlas") -> RenderableType:
