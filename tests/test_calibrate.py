@@ -193,6 +193,8 @@ def test_a_prompt_unlike_the_calibration_is_warned_of(report: CalibrateReport, r
     monitor = report.policy.monitor
     assert monitor is not None
     assert len(monitor.calibration) == 30
+    few = Decoder(reference, report.profile, exits=report.policy)
+    assert few.unfamiliar(bundled.prompts()[0].text) is None, "few numbers make no error of it"
     more = replace(report.policy, monitor=replace(monitor, calibration=tuple(np.linspace(0.4, 0.5, 199))))
     decoder = Decoder(reference, report.profile, exits=more)
     assert decoder.unfamiliar([5]) is None, "too short to tell"

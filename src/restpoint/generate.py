@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 from transformers import LogitsProcessorList
@@ -248,11 +248,7 @@ class Decoder:
 
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end a text, from the model's generation config and its tokenizer."""
-        config = self.loaded.model.generation_config
-        ends: Any = getattr(config, "eos_token_id", None)
-        if ends is None:
-            ends = self.loaded.tokenizer.eos_token_id
-        return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+        return self.loaded.end_tokens()
 
 
 def _refuse_unknown(options: TextOptions) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ def calibrate_exits(
     def run(threshold: float) -> tuple[np.ndarray, float]:
         if threshold not in kept.done:
             target = replace(policy, rule=_rule(options, threshold, layers)).target(layered)
-            decoded = decode_with_exits(target, passages.judge, options.new_tokens, _ends(loaded), options.batch)
+            decoded = decode_with_exits(target, passages.judge, options.new_tokens, loaded.end_tokens(), options.batch)
             kept.add(threshold, losses_of(decoded, loss), decoded.mean_depth)
         return kept.done[threshold]
 
@@ -181,13 +181,6 @@ def _test(
 
 def _rule(options: CalibrateOptions, threshold: float, layers: tuple[int, ...]) -> ThresholdRule:
     return ThresholdRule(options.signal, threshold, layers, catch_up=cast(CatchUp, options.catch_up))
-
-
-def _ends(loaded: Loaded) -> frozenset[int]:
-    """Tokens that end a text."""
-    ends: Any = getattr(loaded.model.generation_config, "eos_token_id", None)
-    ends = loaded.tokenizer.eos_token_id if ends is None else ends
-    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
 def _certificate(

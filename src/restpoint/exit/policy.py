@@ -19,6 +19,9 @@ from restpoint.exit.signals import Signal
 from restpoint.exit.view import Readout, View
 from restpoint.model.layered import LayeredModel
 
+_FALSE_ALARMS = 0.02
+"""Share of prompts like those of the calibration that are warned of."""
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -149,7 +152,8 @@ class ExitPolicy:
         if self.monitor is None or self.certificate is None or len(prompt) < self.certificate.prompt_tokens:
             return None
         ids = torch.tensor([list(prompt[-self.certificate.prompt_tokens :])], device=layered.device)
-        return self.monitor.check(float(self.familiarity(layered, ids)[0]))
+        least = 2 / (len(self.monitor.calibration) + 1)  # below it, no prompt could ever be unusual
+        return self.monitor.check(float(self.familiarity(layered, ids)[0]), max(_FALSE_ALARMS, least))
 
     @torch.inference_mode()
     def familiarity(self, layered: LayeredModel, ids: Tensor) -> Tensor:

@@ -64,6 +64,13 @@ class Loaded:
         """The most tokens that the config says the model can attend to; None where it names no limit."""
         return context_length(self.model)
 
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a text, from the model's generation config, else its tokenizer."""
+        ends: Any = getattr(self.model.generation_config, "eos_token_id", None)
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
 
 def context_length(model: PreTrainedModel) -> int | None:
     """See :attr:`Loaded.context_length`."""
