@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from restpoint.errors import RestpointError
+from restpoint.model.load import load
 from restpoint.model.recurrent.huginn import huginn_config, huginn_weights, load_huginn
 
 HIDDEN, HEADS, INNER, VOCABULARY, LENGTH, BASE = 24, 3, 40, 50, 32, 50_000
@@ -116,6 +117,20 @@ def write(folder, weights, **changes):
     half = len(names) // 2
     for number, part in enumerate((names[:half], names[half:]), start=1):
         save_file({name: weights[name] for name in part}, folder / f"model-0000{number}-of-00002.safetensors")
+
+
+def test_a_published_folder_loads_by_its_name_without_its_code(tmp_path, reference):
+    weights = published_weights()
+    write(tmp_path, weights, auto_map={"AutoModelForCausalLM": "raven_modeling_minimal.RavenForCausalLM"})
+    (tmp_path / "raven_modeling_minimal.py").write_text("raise SystemExit('this code was run')")
+    reference.tokenizer.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path), device="cpu")
+    assert loaded.model.model.embed_tokens.weight.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(loaded.model(ids).logits, load_huginn(tmp_path)(ids).logits)
+    with pytest.raises(RestpointError, match="device_map: a Huginn checkpoint goes to one device"):
+        load(str(tmp_path), device_map="auto")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -6,7 +6,6 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from tokenizers import Tokenizer, models
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
@@ -24,6 +23,7 @@ from transformers import (
     LlamaModel,
     MambaConfig,
     MambaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -277,7 +277,7 @@ def test_hub_refusals(monkeypatch, kind, said):
     def refuse(*args, **kwargs):
         raise OSError("a long\nexplanation") from kind.__new__(kind)
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", refuse)
     assert refusal("some/model", revision="v9").startswith(said)
 
 

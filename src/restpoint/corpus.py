@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from restpoint.bundled import MODELS
 from restpoint.errors import RestpointError
 
 REFERENCE = "reference"
@@ -53,7 +54,7 @@ def model_and_prompt(words: Sequence[str], file: Path | None) -> tuple[str, str]
         text, source = "".join(_lines(file, "prompt_file")), f"prompt_file: {file}"
     elif not words:
         raise RestpointError("prompt: none is given; write it in quotes, use --prompt-file, or - to read stdin")
-    elif len(words) == 1 and (words[0] == REFERENCE or Path(words[0], "config.json").is_file()):
+    elif len(words) == 1 and (words[0] in MODELS or Path(words[0], "config.json").is_file()):
         raise RestpointError(f"prompt: none is given after the model {words[0]}; write it in quotes")
     elif words[-1] == "-":
         text, source = sys.stdin.read(), "prompt: standard input"

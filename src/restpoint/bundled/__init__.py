@@ -1,4 +1,4 @@
-"""What ships with restpoint: a small model, its profile, text to fit with and prompts to measure with.
+"""What ships with restpoint: two small models, the profile of one, text to fit with and prompts to measure with.
 
 Everything here works without a network. ``text/README.md`` gives the source and the licence of each text.
 """
@@ -15,6 +15,12 @@ _HERE = Path(__file__).resolve().parent
 
 MODEL_PATH: Path = _HERE / "model"
 """The reference model: a Hugging Face checkpoint folder."""
+
+RECURRENT_PATH: Path = _HERE / "recurrent"
+"""The bundled recurrent-depth model, of the same tokenizer: a Hugging Face checkpoint folder."""
+
+MODELS: dict[str, Path] = {"reference": MODEL_PATH, "recurrent": RECURRENT_PATH}
+"""Names that the bundled models are loaded by."""
 
 PROFILE_PATH: Path = _HERE / "profile"
 """The profile fitted to the reference model."""

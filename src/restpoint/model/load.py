@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -34,8 +34,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
-from restpoint.bundled import MODEL_PATH
+from restpoint.bundled import MODELS
 from restpoint.errors import RestpointError
+from restpoint.model.recurrent import deq  # noqa: F401  (registers the models that iterate a block)
+from restpoint.model.recurrent.huginn import MODEL_TYPE as HUGINN
+from restpoint.model.recurrent.huginn import load_huginn
 
 REFERENCE = "reference"
 """The name of the bundled model."""
@@ -93,7 +96,7 @@ def load(
     """Load a Hugging Face causal language model, unchanged.
 
     Args:
-        name: `reference` (the bundled model, no network needed), a checkpoint folder, or a Hub name.
+        name: `reference` or `recurrent` (the bundled models, no network needed), a checkpoint folder, or a Hub name.
         dtype: auto, float32, bfloat16 or float16. `auto` is the checkpoint's own on a GPU, and float32 on a
             CPU, where half precision is slower on most machines, and one-token and block passes differ more.
         device: auto (cuda, else mps, else cpu) or a torch device such as cpu or cuda:1.
@@ -113,6 +116,10 @@ def load(
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     with _explained(name, revision), _quiet(source):
+        if not trust_remote_code and _model_type(source, revision) == HUGINN:
+            if device_map is not None:
+                raise RestpointError("device_map: a Huginn checkpoint goes to one device; give device instead")
+            return _load_huginn(name, source, revision, _resolve_dtype(dtype, target), attention, target)
         config = AutoConfig.from_pretrained(source, **common)
         kind: Any = AutoModelForCausalLM
         try:
@@ -137,6 +144,23 @@ def load(
     if kind is AutoModelForCausalLM and getattr(config, "is_decoder", None) is False:
         _check_ignores_the_future(name, model)
     return Loaded(name, model, tokenizer)
+
+
+def _model_type(source: str, revision: str | None) -> str | None:
+    return PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
+
+
+def _load_huginn(
+    name: str, source: str, revision: str | None, dtype: torch.dtype | str, attention: str, target: torch.device
+) -> Loaded:
+    """A Huginn checkpoint in our own architecture: the Python code that it brings along is not run."""
+    folder = source
+    if not Path(source).is_dir():
+        folder = snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _check_has_vocabulary(name, tokenizer)
+    model: Any = load_huginn(folder, None if isinstance(dtype, str) else dtype, attention)
+    return Loaded(name, model.to(target).eval().requires_grad_(False), tokenizer)
 
 
 # --- arguments ---
@@ -188,7 +212,7 @@ def _resolve_dtype(dtype: str, target: torch.device) -> torch.dtype | str:
 
 def _source(name: str, revision: str | None) -> str:
     """The folder or the Hub name that `name` stands for."""
-    path = MODEL_PATH if name == REFERENCE else Path(name).expanduser()
+    path = MODELS.get(name) or Path(name).expanduser()
     if path.exists():
         if not path.is_dir():
             raise RestpointError(f"model {name!r} is a file: give the checkpoint folder that it lies in")
