@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
     from restpoint.theory.study import Study
+    from restpoint.train.run import TrainReport
     from restpoint.trajectory.atlas import Atlas
     from restpoint.trajectory.comparison import Comparison
 
@@ -258,6 +259,19 @@ def calibrate_table(report: "CalibrateReport") -> RenderableType:
         said = f"kept: {certificate.promise}; certified on text from {report.sources} documents"
     expected = f"expected by measured times, one text at a time: {report.choice.speed:.2f} times plain decoding"
     return Group(table, Text(said), Text(expected, style="dim"))
+
+
+def train_table(report: "TrainReport") -> RenderableType:
+    """Losses as training went on, and where the model is."""
+    last = report.looks[-1]
+    title = f"{report.parameters / 1e6:.2f}M parameters, {report.tokens:,} tokens; nats per token"
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for heading in ("steps", "training", *(f"held out, {number} iterations" for number in last.held_out)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown = [*report.looks[:: max(1, len(report.looks) // 10)], last]
+    for look in sorted({look.step: look for look in shown}.values(), key=lambda look: look.step):
+        table.add_row(str(look.step), f"{look.training:.3f}", *(f"{loss:.3f}" for loss in look.held_out.values()))
+    return Group(table, Text(f"the model is in {report.output}, its losses in {report.output / 'losses.png'}"))
 
 
 def calibrate_json(report: "CalibrateReport") -> str:

@@ -12,6 +12,7 @@ from restpoint import console
 from restpoint.cli.decoding import Bench, Check, Fit, Generate, Index
 from restpoint.cli.exiting import Calibrate, Sweep
 from restpoint.cli.studying import Analyze, Compare, Merge, Report, Simulate
+from restpoint.cli.training import TrainRecurrent
 from restpoint.errors import RestpointError
 
 _DESCRIPTION = """Faster decoding of pretrained transformers, with exactly the model's own output or a certified loss.
@@ -30,6 +31,7 @@ Examples:
   restpoint bench --quick --plot bench.png          side by side with the baselines, under a minute
   restpoint analyze MODEL --text corpus.txt -o atlas/   how tokens move through its layers, on one page
   restpoint simulate -o theory/                     tokens as interacting particles: pictures and tables
+  restpoint train-recurrent --text corpus.jsonl -o model/   a small model that iterates one block
 
 `restpoint VERB --help` explains a verb. `--version` prints the version. `--debug`, anywhere, shows the traceback of an
 error. Exit codes: 0 done, 1 a fault of restpoint's own, 2 a request that cannot be met, 130 interrupted."""
@@ -47,6 +49,7 @@ Verb = (
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Simulate, subcommand("simulate")]
+    | Annotated[TrainRecurrent, subcommand("train-recurrent")]
 )
 
 
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as exit:  # tyro's, after a help text or a wrong option
         return int(exit.code or 0)
     except KeyboardInterrupt:
-        resumed = [verb.interrupted()] if isinstance(verb, Fit | Analyze | Calibrate) else []
+        resumed = [verb.interrupted()] if isinstance(verb, Fit | Analyze | Calibrate | TrainRecurrent) else []
         console.say("; ".join(["interrupted", *resumed]))
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as after `| head`

@@ -21,7 +21,7 @@ from restpoint.errors import RestpointError
 from restpoint.model.recurrent.cache import RecurrentCache, refuse_other
 from restpoint.model.recurrent.config import RecurrentDepthConfig
 from restpoint.model.recurrent.exits import Rest, iterate_until_exit
-from restpoint.model.recurrent.layers import Pass, SandwichLayer, StateNoise, cut_normal
+from restpoint.model.recurrent.layers import Norm, Pass, SandwichLayer, StateNoise, cut_normal
 
 
 @dataclass
@@ -77,7 +77,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
             for bounds in ((0, first), (first, last), (last, config.num_hidden_layers))
         )
         self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.adapter_bias)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
         self.noise = StateNoise(config)
         self.gradient_checkpointing = False
@@ -211,7 +211,11 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
     def _steps(self, num_steps: int | None) -> int:
         """r: as given, or drawn in training, or the config's mean."""
         if num_steps is None:
-            return draw_steps(self.config) if self.training else self.config.mean_recurrence
+            return (
+                draw_steps(self.config.mean_recurrence, self.config.recurrence_spread)
+                if self.training
+                else self.config.mean_recurrence
+            )
         if num_steps < 1:
             raise RestpointError(f"num_steps is {num_steps}; it must be at least 1, or None for the config's mean")
         return num_steps
@@ -238,10 +242,9 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
         return self.noise.at(positions, injected).expand(injected.shape)
 
 
-def draw_steps(config: RecurrentDepthConfig) -> int:
-    """Draw r ~ 1 + Poisson(rate), rate log-normal with mean ``mean_recurrence``: mostly short, now and then deep."""
-    spread = config.recurrence_spread
-    rate = math.log(config.mean_recurrence) - spread**2 / 2 + spread * torch.randn(())
+def draw_steps(mean: float, spread: float) -> int:
+    """Draw r ~ 1 + Poisson(rate), log rate ~ N(log mean - spread^2 / 2, spread^2): mostly short, now and then deep."""
+    rate = math.log(mean) - spread**2 / 2 + spread * torch.randn(())
     return int(torch.poisson(rate.exp())) + 1
 
 

@@ -44,6 +44,13 @@ class Pass:
         return Pass((cosines, sines), mask, self.cache)
 
 
+class Norm(nn.RMSNorm):
+    """x / rms(x) x weight, in the precision of the weight: under autocast, states are summed in half of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class SandwichAttention(LlamaAttention):
     """Grouped-query attention with rotary positions; queries and keys may have a bias, and nothing else does."""
 
@@ -65,7 +72,7 @@ class SandwichLayer(GradientCheckpointingLayer):
         self.self_attn = SandwichAttention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (
-            nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(4)
+            Norm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(4)
         )
 
     def forward(self, hidden_states: Float[Tensor, "batch seq hidden"], passing: Pass) -> Tensor:

@@ -1,0 +1,1 @@
+"""Train small language models that iterate one block, from text, resumably."""
