@@ -110,7 +110,7 @@ def test_a_deep_equilibrium_model_trains(reference, documents, tmp_path):
     assert report.looks[-1].held_out[8] < report.looks[0].held_out[8] - 0.5
     config = load(str(tmp_path)).model.config
     assert isinstance(config, DeepEquilibriumConfig)
-    assert (config.max_steps, config.adjoint_max_steps, config.tolerance) == (8, 8, 1e-3)
+    assert (config.max_steps, config.adjoint_max_steps, config.tolerance) == (8, 8, 1e-2)
 
 
 def test_a_longer_training_goes_on_from_a_finished_one(reference, documents, finished, tmp_path):
@@ -173,6 +173,12 @@ def test_a_gradient_that_is_no_number_stops_with_a_remedy(reference, documents, 
 def test_options_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(RestpointError, match=f"^{name} is "):
         TrainOptions(**{**TINY, "heads": 4, name: value})
+
+
+def test_a_tolerance_below_the_resolution_of_the_products_is_refused():
+    with pytest.raises(RestpointError, match=r"solver_tolerance is 0\.001; it must be at least 0\.0039"):
+        TrainOptions(**{**TINY, "kind": "deq", "solver_tolerance": 1e-3})
+    assert TrainOptions(**{**TINY, "kind": "deq", "solver_tolerance": 1e-3, "precision": "float32"}).kind == "deq"
 
 
 def test_every_epoch_sees_every_sequence_once_in_an_order_of_its_own(reference, documents, tmp_path):

@@ -9,6 +9,7 @@ from restpoint.flags import Flag, Number
 Kind = Literal["recurrent", "deq"]
 Precision = Literal["bfloat16", "float32"]
 
+_BFLOAT16 = 2**-8  # its resolution: no residual below it is meant
 _FREE = ("max_tokens", "evaluate_every", "save_every")
 
 
@@ -44,9 +45,9 @@ class TrainOptions:
     """Last iterations that gradients flow through."""
     ramp: float = 0.5
     """Share of the training in which the mean number of iterations rises from 1 to mean_recurrence; it saves time."""
-    solver_tolerance: float = 1e-3
+    solver_tolerance: float = 1e-2
     """deq: relative residual that the fixed point is solved to, forwards and backwards."""
-    solver_steps: int = 30
+    solver_steps: int = 16
     """deq: evaluations of the core at most, forwards and backwards."""
     start_embeddings: Flag = False
     """Begin with the embeddings of the model that the tokenizer is of, which must have the same width."""
@@ -90,6 +91,14 @@ class TrainOptions:
         _require("held_out", self.held_out, self.held_out > 0, "above 0: the loss is told on text not trained on")
         _require("warm_up", self.warm_up, self.warm_up + self.decay <= 1, "at most 1 together with decay")
         _require("hidden_size", self.hidden_size, self.hidden_size % (2 * self.heads) == 0, "a multiple of 2 x heads")
+        if self.kind == "deq" and self.precision == "bfloat16":
+            finest = self.solver_tolerance >= _BFLOAT16
+            _require(
+                "solver_tolerance",
+                self.solver_tolerance,
+                finest,
+                f"at least {_BFLOAT16} in bfloat16, or precision float32",
+            )
         least = self.batch * self.sequence_length
         _require("max_tokens", self.max_tokens, self.max_tokens >= least, f"at least {least}: one step")
 
