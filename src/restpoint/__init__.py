@@ -11,6 +11,7 @@ In the order that they are used::
     sweep_exits   what early exits could save (SweepOptions)         -> a report
     calibrate_exits  early exits with a certificate (CalibrateOptions) -> CalibrateReport with a Profile
     survey        how tokens move (Surveyed, Sample, SurveyOptions)  -> Atlas
+    train_recurrent  a small model that iterates one block (TrainOptions) -> TrainReport
     LayeredModel  a causal LM, one layer at a time
 
 A user's mistake raises RestpointError, with one line that says what to change. Names are imported when they are first
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from restpoint.model.layered import LayeredModel
     from restpoint.model.load import Loaded, load
     from restpoint.profile import Profile
+    from restpoint.train.options import TrainOptions
+    from restpoint.train.run import TrainReport, train_recurrent
     from restpoint.trajectory.atlas import Atlas
     from restpoint.trajectory.options import SurveyOptions
     from restpoint.trajectory.reading import Sample
@@ -67,6 +70,8 @@ __all__ = [
     "SurveyOptions",
     "Surveyed",
     "SweepOptions",
+    "TrainOptions",
+    "TrainReport",
     "__version__",
     "bench",
     "calibrate_exits",
@@ -76,6 +81,7 @@ __all__ = [
     "load",
     "survey",
     "sweep_exits",
+    "train_recurrent",
 ]
 
 _HOMES = {
@@ -98,6 +104,8 @@ _HOMES = {
     "SurveyOptions": "trajectory.options",
     "Surveyed": "trajectory.surveyed",
     "SweepOptions": "calibrate.options",
+    "TrainOptions": "train.options",
+    "TrainReport": "train.run",
     "bench": "evaluate.speed",
     "calibrate_exits": "calibrate.run",
     "check": "model.check",
@@ -106,6 +114,7 @@ _HOMES = {
     "load": "model.load",
     "survey": "trajectory.survey",
     "sweep_exits": "calibrate.sweeping",
+    "train_recurrent": "train.run",
 }
 
 
