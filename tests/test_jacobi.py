@@ -50,17 +50,26 @@ def guesses(text: list[int]) -> dict[str, Guess]:
     }
 
 
-@pytest.mark.parametrize("slide", [True, False])
-@pytest.mark.parametrize("window", [1, 5, 40])
-@pytest.mark.parametrize("family", CHAINS)
-def test_text_is_generates_own(family: str, window: int, slide: bool) -> None:
+def check_text(family: str, window: int, slide: bool, names: tuple[str, ...]) -> None:
     model, target = model_and_target(family)
     expected = native(model, PROMPT, LENGTH)
-    for guess in guesses([*PROMPT, *expected]).values():
+    for name in names:
+        guess = guesses([*PROMPT, *expected])[name]
         found = jacobi_decode(target, PROMPT, Stopping(LENGTH), JacobiSettings(window, slide), guess)
         assert list(found.tokens) == expected
         assert len(found.rounds) - 1 <= LENGTH - 1
         check_trace(found, window, slide)
+
+
+@pytest.mark.parametrize("family", CHAINS)
+def test_text_is_generates_own(family: str) -> None:
+    check_text(family, 5, True, ("mistaken",))
+
+
+@pytest.mark.parametrize("slide", [True, False])
+@pytest.mark.parametrize("window", [1, 6, 40])
+def test_whatever_is_guessed(window: int, slide: bool) -> None:
+    check_text("gpt2", window, slide, ("last", "prompt", "drafter", "mistaken"))
 
 
 def check_trace(found: JacobiDecoded, window: int, slide: bool) -> None:
@@ -146,7 +155,8 @@ def test_right_after_counts_refinements(slide: bool) -> None:
             settled -= 1
         assert marks == [-1] * settled + [settled] * (len(history) - settled)
         seen |= set(marks)
-    assert {-1, 0, 1} <= seen
+    assert {-1, 0} <= seen
+    assert max(seen) > 1
 
 
 def test_an_end_token_stops_it() -> None:
