@@ -1,17 +1,18 @@
-"""What a solve over all layers at once is worth: error, agreement and acceptance after k sweeps, and the bytes they read.
+"""What a solve over all layers at once is worth: error, agreement and acceptance after k sweeps, and bytes read.
 
-Held-out text is the bundled prompts; slopes and starts are fitted on bundled fitting text. Every token is a system of its
-own whose past is exact, as in decoding one token after another. Rows:
+Held-out text is the bundled prompts; slopes and starts are fitted on bundled fitting text. Every token is a system of
+its own whose past is exact, as in decoding one token after another. Columns:
 
     error       median over tokens of |h_L after k sweeps - h_L| / |h_L|
     top-1       share of tokens whose most probable next token is the full model's
     acceptance  mean of sum min(p, q) = 1 - TV: how often a draft from q would be kept
     bytes       weights of layers read by k sweeps, divided by those of the plain pass (a sweep leaves out layers that
-                are exact); fitted slopes and starts are read besides (column "extra", same unit, per k sweeps)
+                are exact)
+    extra       numbers of fitted starts and slopes read by the k sweeps besides, in the same unit
 
-`plain pass, first E layers` is the yardstick of the same bytes: the logit lens after E = L/2, 3L/4 layers. The second
-table drafts n tokens at once: leading tokens that are right after k sweeps over depth and tokens together, beside k passes
-of Jacobi iteration over tokens alone from the same guesses; both read k times the weights.
+`plain pass, first E layers` is the yardstick: the logit lens after half and three quarters of the layers. The second
+table drafts n + 1 tokens at once: leading tokens that are right after k sweeps over depth and tokens together, beside
+k passes of Jacobi iteration over tokens alone from the same guesses; both read k times the weights.
 
     python benchmarks/depth_parallel.py
     python benchmarks/depth_parallel.py MODEL --texts 16 --json depth.json
@@ -55,6 +56,8 @@ class Options:
     """Texts that slopes and starts are fitted on."""
     length: int = 160
     """Tokens of each text at most."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Methods of the first table, as it names them; all if left out."""
     drafted: int = 4
     """Tokens drafted at once in the second table; 0 leaves it out."""
     places: int = 6
@@ -145,7 +148,9 @@ def main(options: Options) -> None:
         joint = list(together(layered, held_out, options)) if options.drafted else []
     if options.json is not None:
         content = {"conditions": seen, "rows": [asdict(row) for row in rows], "joint": [asdict(row) for row in joint]}
-        write(options.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"), "json")
+        write(
+            options.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"), "json"
+        )
 
 
 def systems(layered: LayeredModel, texts: list[list[int]]) -> Iterator[tuple[Tensor, list]]:
@@ -198,7 +203,10 @@ def alone(layered: LayeredModel, fitted: Fitted, texts: list[list[int]], options
     whole, one = sum(layer_bytes(layered)), torch.zeros(1, dtype=layered.dtype, device=layered.device)
     size = one.element_size()
     known = [(states, layers, _law(layered, states[-1, 1:])) for states, layers in systems(layered, texts)]
-    print(f"{'start':16} {'method':28} {'sweeps':>6} {'error':>8} {'top-1':>7} {'acceptance':>11} {'bytes':>7} {'extra':>7}")
+    print(
+        f"{'start':16} {'method':28} {'sweeps':>6} {'error':>8} {'top-1':>7} {'acceptance':>11} "
+        f"{'bytes':>7} {'extra':>7}"
+    )
     for share in (0.5, 0.75):
         exit_layer = int(layered.depth * share)
         parts = [_compared(layered, states[exit_layer, 1:], states, law) for states, _, law in known]
@@ -208,6 +216,8 @@ def alone(layered: LayeredModel, fitted: Fitted, texts: list[list[int]], options
         extra = fitted.starts.entries / layered.depth * size / whole if start == "fitted" else 0.0
         yield _show(Row(start, "the start itself", 0, *_means(parts), 0.0, extra))
     for setup in SETUPS:
+        if options.methods and setup.method not in options.methods:
+            continue
         slopes = {"identity": Slopes.identity, "zero": Slopes.zero}
         made = slopes[setup.slopes](layered.depth, one) if setup.slopes in slopes else None
         chosen = made or fitted.slopes[setup.start, setup.slopes]
@@ -222,22 +232,15 @@ def alone(layered: LayeredModel, fitted: Fitted, texts: list[list[int]], options
         for sweeps, parts in found.items():
             entries = fitted.starts.entries if setup.start == "fitted" else 0
             entries += sweeps * chosen.entries if setup.slopes in ("diagonal", "dense") else 0
-            yield _show(
-                Row(
-                    setup.start,
-                    setup.method,
-                    sweeps,
-                    *_means(parts),
-                    sweep_bytes(layered, sweeps) / whole,
-                    entries * size / whole,
-                )
-            )
+            read, extra = sweep_bytes(layered, sweeps) / whole, entries * size / whole
+            yield _show(Row(setup.start, setup.method, sweeps, *_means(parts), read, extra))
 
 
 def _show(row: Row) -> Row:
     print(
         f"{row.start:16} {row.method:28} {row.sweeps:6d} {row.error:8.3f} {row.top_1:7.3f} {row.acceptance:11.3f} "
-        f"{row.bytes:7.2f} {row.extra:7.2f}"
+        f"{row.bytes:7.2f} {row.extra:7.2f}",
+        flush=True,
     )
     return row
 

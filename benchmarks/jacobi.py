@@ -1,9 +1,9 @@
-"""Jacobi decoding beside plain decoding: tokens a pass, passes a window, and seconds, by domain and first guess.
+"""Jacobi decoding beside plain decoding: tokens a pass, guesses right ahead of time, and seconds, by domain and guess.
 
-Greedy, one text at a time, on the bundled prompts; every text is compared with plain decoding's, token by token. The two
-take turns on each prompt, so that a machine that is faster at one time than at another does not favour either; the prompt's
-own pass is not counted. The picture shows one text: pass against position, coloured by the number of refinements that it
-took until the guess there was right to stay (grey: wrong).
+Greedy, one text at a time, on the bundled prompts; every text is compared with plain decoding's, token by token. The
+two take turns on each prompt, so that a machine that is faster at one time than at another favours neither; the
+prompt's own pass is not counted. The picture shows one text: pass against position, coloured by the number of
+refinements that it took until the guess there was right to stay (grey: wrong).
 
     python benchmarks/jacobi.py
     python benchmarks/jacobi.py MODEL --windows 4 8 16 --json jacobi.json --picture jacobi.png
@@ -107,7 +107,10 @@ def main(options: Options) -> None:
         "versions": {module.__name__: module.__version__ for module in (restpoint, torch, transformers)},
     }
     print(", ".join(f"{key} {value}" for key, value in seen.items()))
-    print(f"{'domain':8} {'guess':12} {'window':>6} {'tokens/pass':>12} {'right unseen':>13} {'speed':>6} {'identical':>10}")
+    print(
+        f"{'domain':8} {'guess':12} {'window':>6} {'tokens/pass':>12} {'right unseen':>13} {'speed':>6} "
+        f"{'identical':>10}"
+    )
     rows = []
     for domain in bundled.DOMAINS:
         texts = [loaded.tokenizer.encode(prompt.text) for prompt in bundled.prompts(domain)[: options.prompts]]
@@ -116,13 +119,15 @@ def main(options: Options) -> None:
                 row = measure(target, domain, texts, guess, window, options)
                 rows.append(row)
                 print(
-                    f"{row.domain:8} {row.guess:12} {row.window:6d} {row.tokens_per_pass:12.3f} {row.right_unseen:13.3f} "
-                    f"{row.speed:6.2f} {row.identical:>10}",
+                    f"{row.domain:8} {row.guess:12} {row.window:6d} {row.tokens_per_pass:12.3f} "
+                    f"{row.right_unseen:13.3f} {row.speed:6.2f} {row.identical:>10}",
                     flush=True,
                 )
     if options.json is not None:
         content = {"conditions": seen, "rows": [asdict(row) for row in rows]}
-        write(options.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"), "json")
+        write(
+            options.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"), "json"
+        )
     if options.picture is not None:
         prompt = loaded.tokenizer.encode(bundled.prompts("code")[0].text)
         settings = JacobiSettings(max(options.windows), options.slide)
@@ -182,9 +187,7 @@ def draw(found: JacobiDecoded, path: Path) -> None:
     axes = figure.add_subplot()
     wrong = np.ma.masked_where((guesses < 0) | (right >= 0), np.ones_like(right))
     axes.imshow(wrong, aspect="auto", cmap="Greys", vmin=0, vmax=4, interpolation="nearest")
-    image = axes.imshow(
-        np.ma.masked_less(right, 0), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest"
-    )
+    image = axes.imshow(np.ma.masked_less(right, 0), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     figure.colorbar(image, label="refinements until right to stay (grey: still wrong)")
     axes.set_xlabel("position of the new token")
     axes.set_ylabel("pass")

@@ -1,4 +1,4 @@
-"""Sweeps over the depth: against the plain pass, autograd's Jacobians, dense Newton steps and least squares by NumPy."""
+"""Sweeps over the depth: against the plain pass, autograd's Jacobians, dense Newton steps and least squares."""
 
 from collections.abc import Callable
 
@@ -226,5 +226,5 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
 
 @pytest.mark.parametrize(("message", "call"), REFUSED)
 def test_mistakes_are_told(message: str, call: Callable[[], object]) -> None:
-    with pytest.raises(RestpointError, match=f"^{message}"):
+    with pytest.raises(RestpointError, match=rf"^{message}"):
         call()

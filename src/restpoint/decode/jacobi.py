@@ -36,7 +36,7 @@ class LastTokenGuess(Guess):
 
 
 class PromptGuess(Guess):
-    """The prompt's tokens in order, from its first on, over and over: what Santilli et al. start from for translation."""
+    """The prompt's tokens in order, from its first on, over and over."""
 
     def begin(self, prompt: Sequence[int]) -> None:
         """See :meth:`Guess.begin`."""
@@ -102,10 +102,10 @@ class JacobiSpeculator(Speculator):
 
     Greedy text solves y_i = F(x, y_1 .. y_{i-1}) for all i, F the target's argmax. One pass over the window evaluates
     all right-hand sides at the guesses of the pass before: y <- F(x, y). **After j passes the first j tokens are
-    right**: F(x) does not depend on a guess, so y_1 is right after one pass; and once y_1 .. y_{j-1} are right, the next
-    pass makes y_j = F(x, y_1 .. y_{j-1}) right, and leaves the ones before as they are. So n passes solve a window
-    of n. What is right and known to be right (the leading guesses that the target chose too) goes to the cache and is not
-    computed again; every pass fixes at least one token, as plain decoding does.
+    right**: F(x) does not depend on a guess, so y_1 is right after one pass; and once y_1 .. y_{j-1} are right, the
+    next pass makes y_j = F(x, y_1 .. y_{j-1}) right, and leaves the ones before as they are. So n passes solve a
+    window of n. What is right and known to be right (the leading guesses that the target chose too) goes to the cache
+    and is not computed again; every pass fixes at least one token, as plain decoding does.
 
     When to use: to see how far ahead a model's text is settled; for models trained to converge in few passes
     (consistency models). When not: for speed on a stock model, where a guess that was made without knowing the tokens
@@ -153,8 +153,8 @@ class JacobiSpeculator(Speculator):
         first = len(path.tokens) - self._prompt
         fixed = len(verified.nodes) + 1
         self.trace.iterations.append(Iteration(self._windows, first, guesses, choices, fixed))
-        # The choice after the last guess lies beyond the window: it enters a sliding one, and is the pending token where
-        # all guesses stood.
+        # The choice after the last guess lies beyond the window: it enters a sliding one, and is the pending token
+        # where all guesses stood.
         refined = choices[fixed : len(choices) if self.settings.slide else len(guesses)]
         self._window = [*refined, *self._window[len(guesses) + self.settings.slide :]]
         self.guess.learn(path, verified)

@@ -24,14 +24,15 @@ def joint_sweeps(
 ) -> Iterator[list[int]]:
     """Refine guesses of the next n tokens together with the states of every layer; one sweep reads all weights once.
 
-    Unknown are the tokens y_1 .. y_n after the pending one and h_1 .. h_L at all n + 1 positions. A sweep evaluates every
-    layer at every position at the states of the sweep before, sums up (:func:`~restpoint.equilibrium.depth.sweep_depth`),
-    and reads y_{j+1} off h_L of position j. Where a token changes, its states move with its embedding.
+    Unknown are the tokens y_1 .. y_n after the pending one and h_1 .. h_L at all n + 1 positions. A sweep evaluates
+    every layer at every position at the states of the sweep before, takes the step of
+    :func:`~restpoint.equilibrium.depth.sweep_depth`, and reads y_{j+1} off h_L of position j. Where a token changes, its
+    states move with its embedding.
 
     Its fixed point is Jacobi iteration's, the greedy text, and position 0 is exact after L sweeps, position j after
-    (j + 1) L at most. But a pass of Jacobi iteration, which runs the layers one after the other, reads the same weights
-    as a sweep and gets every position's states right for the guesses that it was given. So at batch 1 a sweep can only do
-    better by luck. Sweeps pay where layers run in parallel.
+    (j + 1) L at most. But a pass of Jacobi iteration, which runs the layers one after the other, reads the same
+    weights as a sweep and gets every position's states right for the guesses that it was given. So on one device a
+    sweep can only do better by luck; sweeps are for layers that run in parallel.
 
     Nothing is committed to the cache.
 

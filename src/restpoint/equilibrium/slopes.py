@@ -1,4 +1,4 @@
-"""Jacobians of layers, as far as a sweep over the depth uses them: none, the identity, a gain, or a matrix; and fits."""
+"""Jacobians of layers as a sweep over the depth uses them: zero, the identity, a gain or a matrix; and their fit."""
 
 from dataclasses import dataclass
 
