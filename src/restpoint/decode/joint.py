@@ -26,8 +26,8 @@ def joint_sweeps(
 
     Unknown are the tokens y_1 .. y_n after the pending one and h_1 .. h_L at all n + 1 positions. A sweep evaluates
     every layer at every position at the states of the sweep before, takes the step of
-    :func:`~restpoint.equilibrium.depth.sweep_depth`, and reads y_{j+1} off h_L of position j. Where a token changes, its
-    states move with its embedding.
+    :func:`~restpoint.equilibrium.depth.sweep_depth`, and reads y_{j+1} off h_L of position j. Where a token changes,
+    its states move with its embedding.
 
     Its fixed point is Jacobi iteration's, the greedy text, and position 0 is exact after L sweeps, position j after
     (j + 1) L at most. But a pass of Jacobi iteration, which runs the layers one after the other, reads the same
