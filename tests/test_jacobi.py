@@ -188,6 +188,7 @@ def test_no_window_is_refused() -> None:
         JacobiSettings(0)
 
 
+@pytest.mark.slow
 def test_the_bundled_model_too(reference: Loaded) -> None:
     target = LayeredTarget(LayeredModel(reference.model))
     prompt = reference.tokenizer.encode("def area(width, height):\n    return")
