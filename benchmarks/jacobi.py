@@ -3,7 +3,7 @@
 Greedy, one text at a time, on the bundled prompts; every text is compared with plain decoding's, token by token. The
 two take turns on each prompt, so that a machine that is faster at one time than at another favours neither; the
 prompt's own pass is not counted. The picture shows one text: pass against position, coloured by the number of
-refinements that it took until the guess there was right to stay (grey: wrong).
+refinements that it took until the token there was right to stay (grey: still wrong).
 
     python benchmarks/jacobi.py
     python benchmarks/jacobi.py MODEL --windows 4 8 16 --json jacobi.json --picture jacobi.png
@@ -185,7 +185,11 @@ def draw(found: JacobiDecoded, path: Path) -> None:
     figure = Figure(figsize=(9.0, 6.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    wrong = np.ma.masked_where((guesses < 0) | (right >= 0), np.ones_like(right))
+    inside = guesses >= 0
+    wrong = np.ma.masked_where(~inside | (right >= 0), np.ones_like(right))
+    # A position that has left its window holds the text's token, after as many refinements as its guess was wrong for.
+    certain = ~inside & np.maximum.accumulate(inside, 0)
+    right = np.where(certain, (inside & (right < 0)).sum(0), right)
     axes.imshow(wrong, aspect="auto", cmap="Greys", vmin=0, vmax=4, interpolation="nearest")
     image = axes.imshow(np.ma.masked_less(right, 0), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     figure.colorbar(image, label="refinements until right to stay (grey: still wrong)")
