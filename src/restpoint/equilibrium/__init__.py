@@ -1,6 +1,8 @@
 """Predictors of the rest state and their closed-form fits; solvers of f(z) = z: pure tensors, no model."""
 
 from restpoint.equilibrium.affine import AffineMap
+from restpoint.equilibrium.depth import DepthSolution, Swept, solve_depth, sweep_depth
+from restpoint.equilibrium.depth_starts import FittedStart, StartFit
 from restpoint.equilibrium.differentiation import Adjoint, implicit
 from restpoint.equilibrium.features import RandomFeatures
 from restpoint.equilibrium.fitting import FitResult, fit_affine, fit_monge, fit_recurrence
@@ -14,6 +16,7 @@ from restpoint.equilibrium.predictors import (
     RestPointRecurrence,
 )
 from restpoint.equilibrium.ridge import solve_ridge, solve_ridge_path
+from restpoint.equilibrium.slopes import SlopeFit, Slopes
 from restpoint.equilibrium.solvers.anderson import Anderson
 from restpoint.equilibrium.solvers.broyden import Broyden
 from restpoint.equilibrium.solvers.driver import Map, RowMap, solve
@@ -31,9 +34,11 @@ __all__ = [
     "Broyden",
     "Check",
     "Chunk",
+    "DepthSolution",
     "FitProgress",
     "FitResult",
     "FitSettings",
+    "FittedStart",
     "GramAccumulator",
     "IdentityPredictor",
     "Map",
@@ -46,8 +51,12 @@ __all__ = [
     "RandomFeatures",
     "RestPointRecurrence",
     "RowMap",
+    "SlopeFit",
+    "Slopes",
     "Solution",
+    "StartFit",
     "Status",
+    "Swept",
     "fit_affine",
     "fit_heads",
     "fit_monge",
@@ -55,7 +64,9 @@ __all__ = [
     "implicit",
     "negative_squared_error",
     "solve",
+    "solve_depth",
     "solve_ridge",
     "solve_ridge_path",
     "spectral_radius",
+    "sweep_depth",
 ]
