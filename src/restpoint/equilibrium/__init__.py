@@ -1,7 +1,15 @@
-"""Predictors of the rest state and their closed-form fits; solvers of f(z) = z: pure tensors, no model."""
+"""Predictors of the rest state and their fits; solvers of f(z) = z: pure tensors, no model."""
 
 from restpoint.equilibrium.affine import AffineMap
 from restpoint.equilibrium.differentiation import Adjoint, implicit
+from restpoint.equilibrium.dynamic_modes import (
+    DynamicModePredictor,
+    DynamicModes,
+    ModeSettings,
+    dynamic_modes,
+    fit_dynamic_modes,
+)
+from restpoint.equilibrium.extrapolation import ExtrapolationPredictor, fit_extrapolation
 from restpoint.equilibrium.features import RandomFeatures
 from restpoint.equilibrium.fitting import FitResult, fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.gram import GramAccumulator, Moments
@@ -13,6 +21,7 @@ from restpoint.equilibrium.predictors import (
     Predictor,
     RestPointRecurrence,
 )
+from restpoint.equilibrium.refining import RefineProgress, RefineResult, RefineSettings, refine
 from restpoint.equilibrium.ridge import solve_ridge, solve_ridge_path
 from restpoint.equilibrium.solvers.anderson import Anderson
 from restpoint.equilibrium.solvers.broyden import Broyden
@@ -31,6 +40,9 @@ __all__ = [
     "Broyden",
     "Check",
     "Chunk",
+    "DynamicModePredictor",
+    "DynamicModes",
+    "ExtrapolationPredictor",
     "FitProgress",
     "FitResult",
     "FitSettings",
@@ -38,22 +50,30 @@ __all__ = [
     "IdentityPredictor",
     "Map",
     "Method",
+    "ModeSettings",
     "Moments",
     "MongePredictor",
     "MultiTokenHeads",
     "Picard",
     "Predictor",
     "RandomFeatures",
+    "RefineProgress",
+    "RefineResult",
+    "RefineSettings",
     "RestPointRecurrence",
     "RowMap",
     "Solution",
     "Status",
+    "dynamic_modes",
     "fit_affine",
+    "fit_dynamic_modes",
+    "fit_extrapolation",
     "fit_heads",
     "fit_monge",
     "fit_recurrence",
     "implicit",
     "negative_squared_error",
+    "refine",
     "solve",
     "solve_ridge",
     "solve_ridge_path",
