@@ -337,7 +337,7 @@ def test_refining_comes_near_the_optimum_that_scipy_finds():
 
     initial = torch.linalg.lstsq(z, y).solution.flatten().numpy()
     optimum = scipy.optimize.minimize(objective, initial, jac=True, method="L-BFGS-B").fun
-    settings = RefineSettings(steps=1500, learning_rate=3e-3, rows=640, patience=100)
+    settings = RefineSettings(steps=400, learning_rate=1e-2, rows=640, every=100)
     found = refine(RIDGE, noisy(0), noisy(0), head, settings)
     assert found.before - optimum > 0.01
     assert -1e-5 < found.after - optimum < 0.05 * (found.before - optimum)

@@ -90,35 +90,36 @@ def test_calibrations_say_how_often_drafts_stand(fitted: tuple[Path, FitReport])
                 assert calibration.edges == TABLES[name].make(VOCABULARY, None).edges
 
 
+ALONG_DEPTH = replace(OPTIONS, exit_layers=(1, 3), heads=0, features=0, extrapolate=True, refine=40)
+
+
 @pytest.fixture(scope="module")
 def fitted_along_depth(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FitReport]:
-    """From layers 2 and 3, with extrapolations and refined ridge maps."""
+    """With extrapolations, for which layer 1 has too few before it, and refined ridge maps."""
     output = tmp_path_factory.mktemp("along_depth")
-    options = replace(OPTIONS, exit_layers=(0, 2, 3), heads=0, features=0, extrapolate=True, refine=40)
-    return output, fit_profile(tiny(), texts(), options, output)
+    return output, fit_profile(tiny(), texts(), ALONG_DEPTH, output)
 
 
 def test_extrapolations_and_refined_maps_are_fitted_measured_and_saved(
     fitted_along_depth: tuple[Path, FitReport],
 ) -> None:
-    """Only where they are asked for, and from layers with enough before them; they load and draft losslessly."""
+    """And after loading they draft losslessly."""
     output, report = fitted_along_depth
-    added = {f"{kind}@{layer}" for kind in ("rre", "anderson", "dmd", "refined") for layer in (2, 3)}
-    plain = {f"{kind}@{layer}" for kind in ("lens", "ridge", "monge", "recurrence") for layer in (2, 3)}
-    assert {row.predictor for row in report.rows} == added | plain | {"recurrence@0"}
+    along_depth = {"rre@3", "anderson@3", "dmd@3"}
+    both = {f"{kind}@{layer}" for kind in ("lens", "ridge", "monge", "recurrence", "refined") for layer in (1, 3)}
+    assert {row.predictor for row in report.rows} == along_depth | both
     assert all(row.expected_speed for row in report.rows)
     loaded, profile = tiny(), Profile.load(output)
     assert profile.predictors["rre@3"].state_layers == (0, 1, 2, 3)
     assert profile.measured == report.rows
     generator = torch.Generator().manual_seed(0)
     expected = Decoder(loaded).generate("w5 w20 w7", max_tokens=24, ignore_end=True)
-    for name in sorted(added):
+    for name in sorted(along_depth | {"refined@3"}):
         predictor, saved = report.profile.predictors[name], profile.predictors[name]
         states = [torch.randn(1, 3, 32, generator=generator) for _ in predictor.state_layers]
         torch.testing.assert_close(saved.predict(states), predictor.predict(states), atol=0.05, rtol=0.05)
-        drafted = Decoder(loaded, profile, (name,)).generate(
-            "w5 w20 w7", max_tokens=24, ignore_end=True, draft_tokens=4
-        )
+        fast = Decoder(loaded, profile, (name,))
+        drafted = fast.generate("w5 w20 w7", max_tokens=24, ignore_end=True, draft_tokens=4)
         assert drafted.tokens == expected.tokens
         assert drafted.statistics.drafted > 0
 
@@ -129,9 +130,9 @@ def test_refined_maps_tell_the_laws_better_on_text_kept_aside(
     """KL to transformers' own logits, over the sequences that refinement is judged on."""
     predictors = fitted_along_depth[1].profile.predictors
     loaded = tiny()
-    options = replace(OPTIONS, exit_layers=(0, 2, 3), heads=0, features=0, extrapolate=True, refine=40)
-    recorded = record(loaded, LayeredModel(loaded.model), texts(), options, (0, 1, 2, 3), tmp_path, lambda *_: None)
-    found = dict.fromkeys(("ridge@2", "refined@2", "ridge@3", "refined@3"), 0.0)
+    layered = LayeredModel(loaded.model)
+    recorded = record(loaded, layered, texts(), ALONG_DEPTH, (0, 1, 3), tmp_path, lambda *_: None)
+    found = dict.fromkeys(("ridge@1", "refined@1", "ridge@3", "refined@3"), 0.0)
     for index in recorded.held_out[:: max(1, len(recorded.held_out) // 16)]:
         ids, _ = next(recorded.store.read([index]))
         with torch.no_grad():
@@ -142,7 +143,7 @@ def test_refined_maps_tell_the_laws_better_on_text_kept_aside(
                 rest = predictor.predict([output.hidden_states[predictor.exit_layer][0, 1:]])
                 guess = torch.log_softmax(loaded.model.lm_head(loaded.model.model.norm(rest)), -1)
                 found[name] += float((law.exp() * (law - guess)).sum())
-    for layer in (2, 3):
+    for layer in (1, 3):
         assert found[f"refined@{layer}"] < found[f"ridge@{layer}"]
 
 
