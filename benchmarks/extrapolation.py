@@ -142,8 +142,10 @@ def _modes(
     measure: "_Measure", fitted: Stream, chosen: Stream, layer: int, depth: int, linear: FitSettings, score: Score
 ) -> None:
     """Operators fitted on the five layers up to the exit and on all of them."""
-    for layers, where in ((tuple(range(max(0, layer - 4), layer + 1)), "window"), (tuple(range(depth)), "all layers")):
-        for outside, offset in (("hold", True), ("drop", True), ("hold", False)):
+    window, whole = tuple(range(max(0, layer - 4), layer + 1)), tuple(range(depth))
+    outsides: tuple[tuple[Literal["hold", "drop"], bool], ...] = (("hold", True), ("drop", True), ("hold", False))
+    for layers, where in ((window, "window"), (whole, "all layers")):
+        for outside, offset in outsides:
             settings = ModeSettings(dimensions=(4, 16, 64, 256), outside=outside, offset=offset)
             fit = fit_dynamic_modes(
                 fitted, chosen, layers, depth - layer, linear, exit_layer=layer, modes=settings, score=score

@@ -11,6 +11,7 @@ replaced by predictions and the coda is run on them. "Kept" is s_k itself: the m
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -96,7 +97,8 @@ def main(options: Options) -> None:
                 show(f"{name}, order {order}", fit.predictor, f"r {fit.chosen[0]:g}")
             fit = fit_extrapolation(chosen, layers, strengths, weighting="minimal-polynomial")
             show(f"MPE, order {order}", fit.predictor, f"r {fit.chosen[0]:g}")
-        for outside in ("hold", "drop"):
+        outsides: tuple[Literal["hold", "drop"], ...] = ("hold", "drop")
+        for outside in outsides:
             settings = ModeSettings(dimensions=(4, 16, 64, 256), outside=outside)
             fit = fit_dynamic_modes(
                 fitted, chosen, tuple(range(max(1, last - 3), last + 1)), options.rest - last, modes=settings
