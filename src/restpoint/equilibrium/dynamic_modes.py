@@ -134,9 +134,10 @@ def dynamic_modes(gram: GramAccumulator, dimension: int, settings: ModeSettings 
 class DynamicModePredictor(AffinePredictor):
     """rest(t) ~ K^n h_E(t): one step K along depth, fitted between successive states, n = L - E times.
 
-    Folded into one affine map of h_E. So ridge regression on the rest state itself, which is the best affine map of h_E
-    on the text it is fitted on, can only be worse by overfitting; what this one may have over it is that the rest state
-    is never read. It asks that all layers do the same, where ridge asks nothing.
+    Folded into one affine map of h_E. Of all those, ridge regression on the rest state itself has the least squared
+    error on the text it is fitted on, so this one can have the lesser error elsewhere only where ridge overfits; what
+    it has over ridge is that the rest state is never read. It asks that all layers do the same, where ridge asks
+    nothing, and an eigenvalue above 1 is raised to the power n.
 
     Paper:
         Schmid 2010; Tu et al. 2014; see `DynamicModes`.
