@@ -90,6 +90,63 @@ def test_calibrations_say_how_often_drafts_stand(fitted: tuple[Path, FitReport])
                 assert calibration.edges == TABLES[name].make(VOCABULARY, None).edges
 
 
+ALONG_DEPTH = replace(OPTIONS, exit_layers=(1, 3), heads=0, features=0, extrapolate=True, refine=40)
+
+
+@pytest.fixture(scope="module")
+def fitted_along_depth(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FitReport]:
+    """With extrapolations, for which layer 1 has too few before it, and refined ridge maps."""
+    output = tmp_path_factory.mktemp("along_depth")
+    return output, fit_profile(tiny(), texts(), ALONG_DEPTH, output)
+
+
+def test_extrapolations_and_refined_maps_are_fitted_measured_and_saved(
+    fitted_along_depth: tuple[Path, FitReport],
+) -> None:
+    """And after loading they draft losslessly."""
+    output, report = fitted_along_depth
+    along_depth = {"rre@3", "anderson@3", "dmd@3"}
+    both = {f"{kind}@{layer}" for kind in ("lens", "ridge", "monge", "recurrence", "refined") for layer in (1, 3)}
+    assert {row.predictor for row in report.rows} == along_depth | both
+    assert all(row.expected_speed for row in report.rows)
+    loaded, profile = tiny(), Profile.load(output)
+    assert profile.predictors["rre@3"].state_layers == (0, 1, 2, 3)
+    assert profile.measured == report.rows
+    generator = torch.Generator().manual_seed(0)
+    expected = Decoder(loaded).generate("w5 w20 w7", max_tokens=24, ignore_end=True)
+    for name in sorted(along_depth | {"refined@3"}):
+        predictor, saved = report.profile.predictors[name], profile.predictors[name]
+        states = [torch.randn(1, 3, 32, generator=generator) for _ in predictor.state_layers]
+        torch.testing.assert_close(saved.predict(states), predictor.predict(states), atol=0.05, rtol=0.05)
+        fast = Decoder(loaded, profile, (name,))
+        drafted = fast.generate("w5 w20 w7", max_tokens=24, ignore_end=True, draft_tokens=4)
+        assert drafted.tokens == expected.tokens
+        assert drafted.statistics.drafted > 0
+
+
+def test_refined_maps_tell_the_laws_better_on_text_kept_aside(
+    fitted_along_depth: tuple[Path, FitReport], tmp_path: Path
+) -> None:
+    """KL to transformers' own logits, over the sequences that refinement is judged on."""
+    predictors = fitted_along_depth[1].profile.predictors
+    loaded = tiny()
+    layered = LayeredModel(loaded.model)
+    recorded = record(loaded, layered, texts(), ALONG_DEPTH, (0, 1, 3), tmp_path, lambda *_: None)
+    found = dict.fromkeys(("ridge@1", "refined@1", "ridge@3", "refined@3"), 0.0)
+    for index in recorded.held_out[:: max(1, len(recorded.held_out) // 16)]:
+        ids, _ = next(recorded.store.read([index]))
+        with torch.no_grad():
+            output = loaded.model(ids, output_hidden_states=True)
+            law = torch.log_softmax(output.logits[0, 1:], -1)
+            for name in found:
+                predictor = predictors[name]
+                rest = predictor.predict([output.hidden_states[predictor.exit_layer][0, 1:]])
+                guess = torch.log_softmax(loaded.model.lm_head(loaded.model.model.norm(rest)), -1)
+                found[name] += float((law.exp() * (law - guess)).sum())
+    for layer in (1, 3):
+        assert found[f"refined@{layer}"] < found[f"ridge@{layer}"]
+
+
 class Known(InstantDrafter):
     """Says of every position what it was told, and of the one after it something else."""
 
@@ -325,6 +382,7 @@ def test_bad_options_and_texts(tmp_path: Path) -> None:
         ({"held_out": 0.0}, "held_out is 0.0"),
         ({"features": -1}, "features is -1"),
         ({"heads": -2}, "heads is -2"),
+        ({"refine": -1}, "refine is -1"),
         ({"steps": 0}, "steps is 0"),
         ({"sequence_length": 8}, "sequence_length is 8"),
     ):

@@ -11,6 +11,8 @@ from restpoint.equilibrium import (
     AffineMap,
     AffinePredictor,
     Chunk,
+    DynamicModePredictor,
+    ExtrapolationPredictor,
     FitProgress,
     FitSettings,
     IdentityPredictor,
@@ -226,6 +228,8 @@ def every_predictor() -> list[Predictor]:
         AffinePredictor((3,), affine(HIDDEN, 1)),
         AffinePredictor((0, 2), affine(2 * HIDDEN, 1), name="two layers"),
         MongePredictor((1,), affine(HIDDEN, 2)),
+        DynamicModePredictor((2,), affine(HIDDEN, 6), 3, 0.9),
+        ExtrapolationPredictor((1, 2, 3, 4), HIDDEN, "minimal-polynomial", 0.5, 1e-3),
         RestPointRecurrence((0,), (affine(2 * HIDDEN, 3), affine(2 * HIDDEN, 4))),
         RestPointRecurrence((0, 4), (affine(3 * HIDDEN + 40, 5),) * 2, features),
     ]
@@ -273,7 +277,7 @@ def test_recurrence_evaluates_its_formula_with_the_map_of_the_step():
 def test_identity_is_the_last_state_and_recurrence_says_so():
     states = [torch.randn(2, HIDDEN), torch.randn(2, HIDDEN)]
     assert torch.equal(IdentityPredictor((0, 5)).predict(states), states[1])
-    assert [predictor.recurrent for predictor in every_predictor()] == [False] * 4 + [True] * 2
+    assert [predictor.recurrent for predictor in every_predictor()] == [False] * 6 + [True] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -287,7 +291,9 @@ def test_memory_order_is_an_optimisation_only(shape, dtype):
 
 def test_predictor_errors():
     config, tensors = every_predictor()[-1].state()
-    with pytest.raises(RestpointError, match="'oracle'; known kinds are affine, identity, monge, recurrence"):
+    with pytest.raises(
+        RestpointError, match="'oracle'; known kinds are affine, dmd, extrapolation, identity, monge, recurrence"
+    ):
         Predictor.from_state(config | {"kind": "oracle"}, tensors)
     with pytest.raises(RestpointError, match=r"lacks 'maps\.1\.matrix'"):
         Predictor.from_state(config, {name: value for name, value in tensors.items() if name != "maps.1.matrix"})

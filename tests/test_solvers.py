@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixed_points import Affine, affine, tanh_layer
 from restpoint.equilibrium import Anderson, Broyden, Method, Picard, Status, solve
+from restpoint.equilibrium.solvers.anderson import mixing_weights
 from restpoint.equilibrium.solvers.method import State
 from restpoint.errors import RestpointError
 
@@ -151,7 +152,7 @@ def test_anderson_takes_plain_steps_where_the_small_system_cannot_be_solved():
         state.gram[0] += 10.0 * (1 - torch.eye(2)) * step  # row 0: what overflow or rounding might leave, indefinite
     difference = torch.randn(2, 3)
     state.holds[:] = True
-    weights = method._weights(state, torch.randn(2, 2))
+    weights = mixing_weights(state.gram, torch.randn(2, 2), state.holds, method.regularisation)
     assert weights[0].tolist() == [0.0, 0.0]
     assert bool(weights[1].all())
     assert bool(method.step(state, z, difference, never).isfinite().all())

@@ -1,9 +1,17 @@
-"""Predictors of the rest state and their closed-form fits; solvers of f(z) = z: pure tensors, no model."""
+"""Predictors of the rest state and their fits; solvers of f(z) = z: pure tensors, no model."""
 
 from restpoint.equilibrium.affine import AffineMap
 from restpoint.equilibrium.depth import DepthSolution, Swept, solve_depth, sweep_depth
 from restpoint.equilibrium.depth_starts import FittedStart, StartFit
 from restpoint.equilibrium.differentiation import Adjoint, implicit
+from restpoint.equilibrium.dynamic_modes import (
+    DynamicModePredictor,
+    DynamicModes,
+    ModeSettings,
+    dynamic_modes,
+    fit_dynamic_modes,
+)
+from restpoint.equilibrium.extrapolation import ExtrapolationPredictor, fit_extrapolation
 from restpoint.equilibrium.features import RandomFeatures
 from restpoint.equilibrium.fitting import FitResult, fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.gram import GramAccumulator, Moments
@@ -15,6 +23,7 @@ from restpoint.equilibrium.predictors import (
     Predictor,
     RestPointRecurrence,
 )
+from restpoint.equilibrium.refining import RefineProgress, RefineResult, RefineSettings, refine
 from restpoint.equilibrium.ridge import solve_ridge, solve_ridge_path
 from restpoint.equilibrium.slopes import SlopeFit, Slopes
 from restpoint.equilibrium.solvers.anderson import Anderson
@@ -35,6 +44,9 @@ __all__ = [
     "Check",
     "Chunk",
     "DepthSolution",
+    "DynamicModePredictor",
+    "DynamicModes",
+    "ExtrapolationPredictor",
     "FitProgress",
     "FitResult",
     "FitSettings",
@@ -43,12 +55,16 @@ __all__ = [
     "IdentityPredictor",
     "Map",
     "Method",
+    "ModeSettings",
     "Moments",
     "MongePredictor",
     "MultiTokenHeads",
     "Picard",
     "Predictor",
     "RandomFeatures",
+    "RefineProgress",
+    "RefineResult",
+    "RefineSettings",
     "RestPointRecurrence",
     "RowMap",
     "SlopeFit",
@@ -57,12 +73,16 @@ __all__ = [
     "StartFit",
     "Status",
     "Swept",
+    "dynamic_modes",
     "fit_affine",
+    "fit_dynamic_modes",
+    "fit_extrapolation",
     "fit_heads",
     "fit_monge",
     "fit_recurrence",
     "implicit",
     "negative_squared_error",
+    "refine",
     "solve",
     "solve_depth",
     "solve_ridge",

@@ -24,10 +24,10 @@ from restpoint.equilibrium.streaming import (
     draw_features,
     floating,
     lift,
+    mean_scores,
     negative_squared_error,
     states_of,
 )
-from restpoint.errors import RestpointError
 from restpoint.transport.gaussian import Gaussian, monge_map
 
 Fitted = TypeVar("Fitted")
@@ -40,9 +40,9 @@ class FitResult(Generic[Fitted]):
     predictor: Fitted
     """In float32, or float64 if the chunks were."""
     strengths: tuple[float, ...]
-    """The candidates: ridge strengths, or the one regularisation of the Monge map."""
+    """The candidates: strengths of a ridge, regularisations, or dimensions of a subspace."""
     chosen: tuple[float, ...]
-    """The strength of each map."""
+    """The strength, or dimension, of each map."""
     scores: Float64[Tensor, "maps strengths"]
     """Mean held-out score of every candidate; the chosen one's is slightly optimistic, being chosen on it."""
     rows: tuple[int, ...]
@@ -205,26 +205,15 @@ def _choose(
     progress: Callable[[FitProgress], None] | None,
 ) -> _MapFit:
     """Score every candidate over one pass of held-out rows and keep the best."""
-    totals = torch.zeros(len(candidates), dtype=torch.float64)
-    rows, ready = 0, None
-    for x, y in blocks(held_out, settings.chunk_rows):
-        if ready is None:
-            ready = tuple(candidate.to(x.device, x.dtype) for candidate in candidates)
-        inputs = lift(x, features)
-        values = torch.stack([score(candidate(inputs), y) for candidate in ready])
-        if values.shape != (len(ready), x.shape[0]):
-            raise RestpointError(f"score gave {tuple(values.shape[1:])}; return one number for each of {len(x)} rows")
-        totals += values.sum(1, dtype=torch.float64).cpu()
-        rows += x.shape[0]
-        if progress is not None:
-            progress(FitProgress("score", step, rows))
-    if ready is None:
-        raise RestpointError(f"held_out gave no row for map {step}; pass sequences longer than {step + 1} tokens")
-    scores = totals / rows
-    if not bool(scores.isfinite().all()):
-        raise RestpointError(
-            f"the held-out scores of map {step} are not finite: {scores.tolist()}; check held_out and score"
-        )
+    ready: tuple[AffineMap, ...] = ()
+
+    def prepared(x: Tensor) -> tuple[AffineMap, ...]:
+        nonlocal ready
+        ready = tuple(candidate.to(x.device, x.dtype) for candidate in candidates)
+        return ready
+
+    lifted = ((lift(x, features), y) for x, y in blocks(held_out, settings.chunk_rows))
+    scores, rows = mean_scores(prepared, lifted, step, score, progress)
     best = int(scores.argmax())
     return _MapFit(ready[best], best, scores, 0, rows)
 

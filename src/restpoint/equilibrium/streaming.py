@@ -1,11 +1,11 @@
 """What all closed-form fits stream: chunks of states, blocks of rows, second moments."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from restpoint.equilibrium.features import RandomFeatures
@@ -129,6 +129,41 @@ def accumulate(
     if gram is None:
         raise RestpointError(f"the stream gave no row for map {step}; pass sequences longer than {step + 1} tokens")
     return gram
+
+
+def mean_scores(
+    ready: Callable[[Tensor], Sequence[Callable[[Tensor], Tensor]]],
+    held_out: Iterator[Pair],
+    step: int,
+    score: Score,
+    progress: Callable[[FitProgress], None] | None,
+) -> tuple[Float64[Tensor, " candidates"], int]:
+    """The mean score of each candidate over one pass of held-out blocks, and how many rows these had.
+
+    ``ready`` is called once, with the first block, and gives the candidates on its device and in its dtype.
+    """
+    candidates: Sequence[Callable[[Tensor], Tensor]] = ()
+    totals = torch.zeros(0, dtype=torch.float64)
+    rows = 0
+    for x, y in held_out:
+        if not rows:
+            candidates = ready(x)
+            totals = torch.zeros(len(candidates), dtype=torch.float64)
+        values = torch.stack([score(candidate(x), y) for candidate in candidates])
+        if values.shape != (len(candidates), x.shape[0]):
+            raise RestpointError(f"score gave {tuple(values.shape[1:])}; return one number for each of {len(x)} rows")
+        totals += values.sum(1, dtype=torch.float64).cpu()
+        rows += x.shape[0]
+        if progress is not None:
+            progress(FitProgress("score", step, rows))
+    if not rows:
+        raise RestpointError(f"held_out gave no row for map {step}; pass sequences longer than {step + 1} tokens")
+    scores = totals / rows
+    if not bool(scores.isfinite().all()):
+        raise RestpointError(
+            f"the held-out scores of map {step} are not finite: {scores.tolist()}; check held_out and score"
+        )
+    return scores, rows
 
 
 def draw_features(pairs: Iterator[Pair], settings: FitSettings) -> RandomFeatures:

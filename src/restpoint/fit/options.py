@@ -24,6 +24,10 @@ class FitOptions:
     """Maps of the recurrence, one per drafted position; later positions use the last."""
     heads: int = 0
     """Positions that multi-token heads predict at once, for the drafter `heads`; 0 for no heads."""
+    extrapolate: Flag = False
+    """Also draft by extrapolation along depth (RRE, Anderson, dynamic modes) from exit layers that have one before."""
+    refine: int = 0
+    """Gradient steps that refine each ridge map towards the model's laws (the tuned lens); 0 for none."""
     vocabulary: int = 2048
     """Tokens that may be drafted, the most frequent of the text; 0 for all. Verification is exact in any case."""
     sequence_length: int = 256
@@ -48,7 +52,7 @@ class FitOptions:
             raise RestpointError(f"own_share is {self.own_share}; it must lie in [0, 1)")
         if not 0 < self.held_out < 0.5:
             raise RestpointError(f"held_out is {self.held_out}; it must lie between 0 and 0.5")
-        for name in ("features", "heads", "vocabulary"):
+        for name in ("features", "heads", "refine", "vocabulary"):
             if getattr(self, name) < 0:
                 raise RestpointError(f"{name} is {getattr(self, name)}; it must be 0 or positive")
         for name in ("steps", "batch"):

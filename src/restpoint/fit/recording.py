@@ -89,6 +89,10 @@ class Recording:
         logits = self.layered.logits(rest[None].to(self.layered.dtype))
         return torch.softmax(logits[0].float(), -1)
 
+    def logits(self, rest: Tensor) -> Tensor:
+        """Next-token logits of rest states in float32; unlike those of the model itself, with a gradient."""
+        return self.layered.head.logits(rest[None].to(self.layered.dtype))[0].float()
+
     def rests(self, index: int) -> Tensor:
         """h_L of every token of a sequence, in the model's dtype."""
         _ids, states = next(self.store.read([index]))

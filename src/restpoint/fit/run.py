@@ -10,9 +10,11 @@ from restpoint.decode.drafters.tables import TABLES
 from restpoint.decode.target import LayeredTarget
 from restpoint.equilibrium.fitting import fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.heads import MultiTokenHeads, fit_heads
-from restpoint.equilibrium.predictors import IdentityPredictor, Predictor
+from restpoint.equilibrium.predictors import AffinePredictor, IdentityPredictor, Predictor
+from restpoint.equilibrium.refining import RefineSettings, refine
 from restpoint.equilibrium.streaming import Chunk, FitProgress, FitSettings
 from restpoint.errors import RestpointError
+from restpoint.fit.along_depth import extrapolations, layers_before
 from restpoint.fit.measuring import CostMeter, measure, measure_instant
 from restpoint.fit.options import FitOptions
 from restpoint.fit.recording import Progress, Recording, record
@@ -51,7 +53,8 @@ def fit_profile(
 ) -> FitReport:
     """Fit a profile to a model and write it to ``output``.
 
-    One pass of the model over the text records its states on disk; everything else is closed-form algebra on them.
+    One pass of the model over the text records its states on disk; everything else is closed-form algebra on them (and,
+    where asked for, gradient steps that refine it).
     Part of the text is the model's own: half of those sequences greedy, half sampled. Memory does not depend on the
     amount of text. An interrupted fit resumes from its recording when the same call is repeated.
 
@@ -76,7 +79,8 @@ def fit_profile(
     exits = options.exit_layers or tuple(sorted({0, layered.depth // 4}))
     if not all(0 <= layer < layered.depth for layer in exits):
         raise RestpointError(f"exit_layers is {exits}; each must lie between 0 and {layered.depth - 1}")
-    recorded = record(loaded, layered, texts, options, exits, Path(output) / "states", report)
+    read = {*exits, *(layer for exit in exits for layer in layers_before(exit))} if options.extrapolate else exits
+    recorded = record(loaded, layered, texts, options, tuple(sorted(read)), Path(output) / "states", report)
     predictors = _solve(recorded, options, exits, report)
     heads = _solve_heads(recorded, options, report) if options.heads else None
     vocabulary = recorded.frequent_tokens(options.vocabulary) if options.vocabulary else None
@@ -115,7 +119,7 @@ def fit_profile(
 
 
 def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], report: Progress) -> dict[str, Predictor]:
-    """Every predictor at every exit layer, in closed form."""
+    """Every predictor at every exit layer, in closed form; then what refines one."""
     jobs: list[tuple[str, Callable[[Callable[[FitProgress], None]], Predictor]]] = []
     linear = FitSettings(
         strengths=(1e-5, 1e-3, 1e-2), features=0, steps=options.steps, seed=options.seed, product_precision="float32"
@@ -131,6 +135,20 @@ def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], rep
     def add(name: str, solve: Callable[[Callable[[FitProgress], None]], Predictor]) -> None:
         jobs.append((name, solve))
 
+    def refined(name: str) -> Predictor:
+        start = solved[name]
+        assert isinstance(start, AffinePredictor)
+        settings = RefineSettings(steps=options.refine, every=max(1, min(50, options.refine // 4)), seed=options.seed)
+        return refine(
+            start,
+            stream,
+            held_out,
+            recorded.logits,
+            settings,
+            progress=lambda look: report(f"refine {name}", look.step, look.steps),
+        ).predictor
+
+    solved: dict[str, Predictor] = {}
     shared = {"score": recorded.score}
     for layer in exits:
         if layer > 0:
@@ -143,6 +161,13 @@ def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], rep
                 f"monge@{layer}",
                 lambda p, layer=layer: fit_monge(stream, held_out, layer, linear, progress=p, **shared).predictor,
             )
+            if options.refine:
+                add(f"refined@{layer}", lambda _p, layer=layer: refined(f"ridge@{layer}"))
+        if options.extrapolate:
+            for name, job in extrapolations(
+                stream, held_out, layer, recorded.layered.depth, linear, recorded.score
+            ).items():
+                add(name, job)
         reads = tuple(sorted({0, layer}))
         add(
             f"recurrence@{layer}",
@@ -153,7 +178,6 @@ def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], rep
                 f"recurrence+features@{layer}",
                 lambda p, reads=reads: fit_recurrence(stream, held_out, reads, lifted, progress=p, **shared).predictor,
             )
-    solved: dict[str, Predictor] = {}
     for done, (name, solve) in enumerate(jobs):
         report(f"solve {name}", done, len(jobs))
         solved[name] = replace(solve(lambda _progress: None), name=name)

@@ -82,17 +82,27 @@ class Anderson(Method[Mixing]):
         state.holds[:, slot] = ~forget
         products = torch.stack((change, difference), 1) @ state.changes.mT
         state.gram[:, slot] = state.gram[:, :, slot] = products[:, 0]
-        weights = self._weights(state, products[:, 1])
+        weights = mixing_weights(state.gram, products[:, 1], state.holds, self.regularisation)
         return plain - (weights.unsqueeze(1) @ state.moves).squeeze(1)
 
-    def _weights(self, state: Mixing, target: Float[Tensor, "rows window"]) -> Float[Tensor, "rows window"]:
-        """The mixing weights: 0 for steps that do not hold, and for a row whose system cannot be solved."""
-        squares = state.gram.diagonal(dim1=-2, dim2=-1)
-        usable = state.holds & (squares > 0)
-        scale = torch.where(usable, squares, 1).double().rsqrt() * usable
-        system = state.gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-        floor = 8 * torch.finfo(state.gram.dtype).eps
-        system.diagonal(dim1=-2, dim2=-1).copy_(1 + max(self.regularisation, floor) * torch.ones_like(scale))
-        factor, failed = torch.linalg.cholesky_ex(system)
-        weights = scale * torch.cholesky_solve((scale * target).unsqueeze(-1), factor).squeeze(-1)
-        return weights.masked_fill((failed > 0).unsqueeze(-1), 0).to(target.dtype)
+
+def mixing_weights(
+    gram: Float[Tensor, "*rows window window"],
+    target: Float[Tensor, "*rows window"],
+    holds: Bool[Tensor, "*rows window"] | None = None,
+    regularisation: float = 0.0,
+) -> Float[Tensor, "*rows window"]:
+    """Solve w = argmin |g - C w|² + r |D w|² for every row, from gram = Cᵀ C and target = Cᵀ g.
+
+    D are the norms of C's columns; r below the rounding of the products is raised to it. The weight is 0 for columns
+    that do not hold or are 0, and for a row whose system cannot be solved.
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    usable = squares > 0 if holds is None else holds & (squares > 0)
+    scale = torch.where(usable, squares, 1).double().rsqrt() * usable
+    system = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    floor = 8 * torch.finfo(gram.dtype).eps
+    system.diagonal(dim1=-2, dim2=-1).copy_(1 + max(regularisation, floor) * torch.ones_like(scale))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    weights = scale * torch.cholesky_solve((scale * target).unsqueeze(-1), factor).squeeze(-1)
+    return weights.masked_fill((failed > 0).unsqueeze(-1), 0).to(target.dtype)
