@@ -76,9 +76,11 @@ class Pairs(Measure):
             across = covariance[i] - mean[i][:, None, None] * mean[None]  # width, depth, width
             own = across[:, i]
             ridge = 1e-9 * own.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+            if not bool(own.diagonal().any()):  # a state that is the same for all tokens explains nothing
+                continue
             factor = torch.linalg.cholesky(own + ridge)
             explained = torch.linalg.solve_triangular(factor, across.reshape(width, -1), upper=False)
             r2[i] = explained.view(width, depth, width).square().sum((0, 2))
         variances = torch.stack([covariance[j, :, j].diagonal().sum() - mean[j].square().sum() for j in range(depth)])
-        r2 = 1 - (1 - r2 / variances) * (tokens - 1) / (tokens - width - 1)
+        r2 = 1 - (1 - r2 / variances.masked_fill(variances == 0, torch.nan)) * (tokens - 1) / (tokens - width - 1)
         return found | {"r2": r2}
