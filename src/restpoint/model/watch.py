@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from restpoint.errors import RestpointError
 
 
-
 @dataclass(frozen=True)
 class Loop:
     """Where among the states h_0 .. h_L of a model the iterates of one block stand.

@@ -140,10 +140,7 @@ class Atlas:
                 described["conditions"],
                 _nested(tensors, _RESULT),
                 described["papers"],
-                [
-                    Scene(**own, **_drawn(tensors, number))
-                    for number, own in enumerate(described["scenes"])
-                ],
+                [Scene(**own, **_drawn(tensors, number)) for number, own in enumerate(described["scenes"])],
                 _nested(tensors, _SUM),
             )
         except FileNotFoundError as error:
@@ -157,7 +154,7 @@ def _subject(described: Mapping[str, Any]) -> Subject:
     return Subject(**{**described, "loop": None if loop is None else Loop(**loop)})
 
 
-def _drawn(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+def _drawn(tensors: Mapping[str, Tensor], number: int) -> dict[str, Any]:
     """What is drawn of a scene; only models that iterate a block have a path."""
     prefix = f"{_SCENE}/{number}/"
     return {name: tensors[prefix + name] for name in _DRAWN if name != "path" or prefix + name in tensors}

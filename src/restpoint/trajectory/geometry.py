@@ -27,7 +27,8 @@ class Geometry(Measure):
     ``.position`` by the token's place in its text (0, 1, 2-3, 4-7, ..), the last two of every second text. For the
     clouds of the states h_0 .. h_L:
 
-    * ``anisotropy``: the mean cosine of two tokens of the corpus, (‖sum u‖² - n) / (n (n - 1)) with u = h / ‖h‖, n those not 0.
+    * ``anisotropy``: the mean cosine of two tokens of the corpus, (‖sum u‖² - n) / (n (n - 1)) with u = h / ‖h‖; n
+      are those that are not 0.
     * ``effective_rank`` and ``participation_ratio`` of the covariance over all sampled tokens, and
       ``.without_sinks``: without first tokens and those whose norm somewhere exceeds ten medians of their text. Left
       out above 2048 dimensions, whose covariances would take gigabytes.

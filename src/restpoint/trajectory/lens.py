@@ -21,8 +21,8 @@ class Lens(Measure):
 
     Results for each lens, one value a state h_0 .. h_L (NaN where it has no map): ``.entropy`` of p_l and ``.kl``
     KL(p_L ‖ p_l), in nats; ``.tv``, total variation; ``.agreement``, how often both have the same most probable token.
-    The lens ``logit`` takes the state as it is, or, of a block that is iterated, as the model itself would read it if it
-    were the last iterate.
+    The lens ``logit`` takes the state as it is, or, of a block that is iterated, as the model itself would read it,
+    were it the last iterate.
 
     Only one layer's laws of the sampled tokens of one text exist at a time.
 

@@ -42,7 +42,7 @@ class Trajectory:
         ids: token ids; None where what was read are no tokens.
         domain: the kind of text, where kinds are told apart.
         attention: None where no measure asks for it.
-        finish: what the head would be given, were each of the states the last; None where that is the states themselves.
+        finish: what the head would be given, were each of the states the last; None where that is the states.
     """
 
     states: Float[Tensor, "depth tokens hidden"]
@@ -54,7 +54,7 @@ class Trajectory:
 
     @cached_property
     def read(self) -> Float[Tensor, "depth tokens hidden"]:
-        """The states as the head would read them: in a model that iterates, an iterate passes through the coda first."""
+        """The states as the head would read them: an iterate passes through the model's coda first."""
         return self.states if self.finish is None else self.finish(self.states)
 
 

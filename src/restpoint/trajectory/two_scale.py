@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -23,7 +24,7 @@ LEGS = ("within", "path", "net", "entry", "across", "drift_ratio", "step_ratio")
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
 _LENGTH = Scale(1e-9, 1e6, 3000, logarithmic=True)
-_SCALES = {name: _LENGTH for name in (*STEPS, *LEGS)} | {
+_SCALES = dict.fromkeys((*STEPS, *LEGS), _LENGTH) | {
     "angle": Scale(-1.0, 1.0, 1000),
     "drift_ratio": Scale(0.0, 1.0, 1000),
 }
@@ -55,7 +56,7 @@ def blocks_of(length: int, loop: Loop | None, count: int) -> list[Block]:
         edges = [round(number * length / count) for number in range(count + 1)]
         return [
             Block(f"layers {first + 1}-{last}" if last > first + 1 else f"layer {last}", tuple(range(first, last + 1)))
-            for first, last in zip(edges[:-1], edges[1:], strict=True)
+            for first, last in pairwise(edges)
         ]
     stretches = {
         "prelude": tuple(range(loop.first)),
@@ -89,8 +90,8 @@ class TwoScale(Measure):
     * ``step_ratio``: within / across. Two scales are told apart where it is far below 1.
     * ``first`` and ``last``: numbers of x_0 and x_n.
 
-    Each has ``.mean`` and ``.std`` over tokens and quantiles ``.q05`` to ``.q95``, the last of every second text. Where a
-    token does not move, what would be divided by zero is left out.
+    Each has ``.mean`` and ``.std`` over tokens and quantiles ``.q05`` to ``.q95``, the last of every second text. Where
+    a token does not move, what would be divided by zero is left out.
 
     Args:
         blocks: of the model.
