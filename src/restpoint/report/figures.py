@@ -38,6 +38,8 @@ def figure(chart: Chart) -> dict[str, Any]:
     if chart.ticks:
         every = -(-len(chart.ticks) // _TICKS)
         named = {"tickvals": list(range(0, len(chart.ticks), every)), "ticktext": list(chart.ticks[::every])}
+        if not chart.upright:  # the same room for all, so that the last name is not cut off
+            named |= {"tickangle": -35, "range": [-0.5, len(chart.ticks) - 0.5]}
         layout["yaxis" if chart.upright else "xaxis"] |= named
     layout["showlegend"] = sum(not line.second for line in chart.lines) > 1
     if chart.mark is not None:

@@ -112,7 +112,7 @@ def _depth(subject: Subject) -> str:
 def _telling(atlas: Atlas) -> list[tuple[str, str]]:
     """The line of figures at the top: (figure, what it is)."""
     layers = atlas.subject.layers
-    word = "number of the state" if atlas.subject.depths else "layer"
+    word = "layer"
     found = [
         (shown(float(layers + 1)), "states") if atlas.subject.depths else (shown(float(layers)), "layers"),
         (_short(atlas.subject.parameters), "parameters"),
@@ -131,7 +131,10 @@ def _telling(atlas: Atlas) -> list[tuple[str, str]]:
         )
     settled = _of(atlas, "saturation").array("layer.mean", 1)
     if settled is not None:
-        found.append((shown(round(float(settled[0]), 1)), f"mean {word} where the first rank settles"))
+        loop, where = atlas.subject.loop, float(settled[0])
+        if loop is not None:
+            where, word = (where - loop.first) / loop.stride, "step"
+        found.append((shown(round(where, 1)), f"mean {word} where the first rank settles"))
     tau = _of(atlas, "saturation").number("tau")
     if tau is not None:
         found.append((f"{tau:.2f}", "Kendall's tau of the order in which ranks settle"))

@@ -70,7 +70,7 @@ class Reader:
         """The last so many of the layers 0 .. L."""
         return np.arange(self.layers + 1 - count, self.layers + 1, dtype=float)
 
-    def called(self, depths: Iterable[float]) -> list[str]:
+    def called(self, depths: Iterable[float | int]) -> list[str]:
         """Names of states, or their numbers."""
         return [self.ticks[int(depth)] if self.ticks else f"{depth:.0f}" for depth in depths]
 

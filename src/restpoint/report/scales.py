@@ -53,7 +53,7 @@ _BLOCKS = (
         "drift_ratio",
         "Drift ratio",
         "net way / length of path",
-        "1 is a straight line, 0 a closed loop. A single step is always straight.",
+        "1 is a straight line, 0 a closed loop; a block of one step is straight.",
     ),
     (
         "step_ratio",
@@ -82,6 +82,7 @@ def two_scale(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
             lines=[
                 line
                 for colour, (block, (low, high)) in enumerate(zip(names, ends, strict=True))
+                if name != "remaining" or high > low + 1  # nothing is left after a single step
                 for line in _line(read, name, block, np.arange(low + 1, high + 1), colour)
             ],
             layers=read.layers,
@@ -89,6 +90,7 @@ def two_scale(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
         )
         for name, title, unit, caption in _STEPS
     ]
+    longer = np.flatnonzero(last > first + 1)  # a single step is straight, and all of the way
     charts += [
         Chart(
             name.replace("_", "-"),
@@ -100,8 +102,9 @@ def two_scale(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
             ticks=tuple(names),
         )
         for name, title, unit, caption in _BLOCKS
+        if len(longer) > 1
     ]
-    return charts, _facts(read, names)
+    return charts, _facts(read, names, longer.tolist())
 
 
 def paths(scenes: Sequence[Scene]) -> list[Chart]:
@@ -147,13 +150,14 @@ def _line(read: Reader, name: str, label: str, places: np.ndarray, colour: int) 
     return [Line(label, places[kept].astype(float), y[kept], tuple(bands) if kept.sum() > 1 else (), colour=colour)]
 
 
-def _facts(read: Reader, names: list[str]) -> list[tuple[str, str]]:
-    """Means of every block, and the steps at which a loop comes to rest."""
+def _facts(read: Reader, names: list[str], longer: list[int]) -> list[tuple[str, str]]:
+    """Means of every block, ratios of those of several steps, and the steps at which a loop comes to rest."""
     facts = []
     for name, what in (("drift_ratio", "Drift ratio"), ("step_ratio", "Step against drift"), ("across", "Drift")):
         values = read.array(f"blocks.{name}.mean", 1)
         if values is not None:
-            facts += [(f"{what}, {block}", shown(value)) for block, value in zip(names, values, strict=True)]
+            chosen = range(len(names)) if name == "across" else longer
+            facts += [(f"{what}, {names[block]}", shown(float(values[block]))) for block in chosen]
     if read.loop is None:
         return facts
     steps = read.loop.iterates()[1:]
