@@ -335,7 +335,7 @@ def atlas_table(atlas: "Atlas") -> RenderableType:
     depth = atlas.subject.layers + 1
     title = f"{atlas.subject.model}: {atlas.corpus['tokens']:,} tokens in {atlas.corpus['texts']:,} texts"
     table = Table(title=title, title_justify="left")
-    table.add_column("layer", justify="right")
+    table.add_column("state" if atlas.subject.depths else "layer", justify="right")
     columns = []
     for heading, (measure, name) in _TOLD.items():
         values = atlas.results.get(measure, {}).get(name)
@@ -343,7 +343,7 @@ def atlas_table(atlas: "Atlas") -> RenderableType:
             table.add_column(heading, justify="right")
             columns.append(["–"] * (depth - len(values)) + [f"{value:.3g}" for value in values.tolist()])
     for layer in range(depth):
-        table.add_row(str(layer), *(column[layer] for column in columns))
+        table.add_row(atlas.subject.depth(layer), *(column[layer] for column in columns))
     facts = []
     for name, (measure, result) in {
         "tau of saturation order": ("saturation", "tau"),

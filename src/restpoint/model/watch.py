@@ -2,14 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from restpoint.errors import RestpointError
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Where among the states h_0 .. h_L of a model the iterates of one block stand.
+
+    Attributes:
+        first: of s_0.
+        last: of s_r.
+        stride: states from one iterate to the next; above 1 where the layers inside an iteration are recorded too.
+    """
+
+    first: int
+    last: int
+    stride: int = 1
+
+    def iterates(self) -> list[int]:
+        """Of s_0, s_1 .. s_r."""
+        return list(range(self.first, self.last + 1, self.stride))
 
 
 class WatchedLayers:
@@ -27,6 +48,8 @@ class WatchedLayers:
     Attributes:
         path: of the list of layers.
         layers: its members.
+        depths: names of the states h_0 .. h_L, where a number does not say what they are.
+        loop: where the states of a block that is iterated stand, if the model has one.
 
     Raises:
         RestpointError: the model is in training mode, or there is no such list.
@@ -38,6 +61,13 @@ class WatchedLayers:
         self.model = model
         self.path = path or _choose(model, part)
         self.layers = _list_at(model, self.path)
+        self.depths: list[str] = []
+        self.loop: Loop | None = None
+
+    @property
+    def length(self) -> int:
+        """L: a pass gives L + 1 states."""
+        return len(self.layers)
 
     @contextmanager
     def watch(self) -> Iterator[list[Tensor]]:
@@ -76,6 +106,10 @@ class WatchedLayers:
                 "name one stage by its path"
             )
         return torch.stack([state[row].float() for state in states])
+
+    def finished(self, states: Float[Tensor, "depth tokens hidden"]) -> Float[Tensor, "depth tokens hidden"]:
+        """What the final norm and the unembedding would be given, were each state of a text the last: that state."""
+        return states
 
 
 def stacks(model: PreTrainedModel) -> dict[str, int]:

@@ -75,7 +75,7 @@ def saturation(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
                 heat=Heat(
                     histogram,
                     [str(rank) for rank in range(1, len(histogram) + 1)],
-                    [f"{layer:.0f}" for layer in read.depths(histogram.shape[1])],
+                    read.called(read.depths(histogram.shape[1])),
                     "tokens",
                 ),
             )
@@ -107,7 +107,7 @@ def sinks(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
                 LAYER,
                 heat=Heat(
                     received,
-                    [f"{layer:.0f}" for layer in read.depths(len(received))],
+                    read.called(read.depths(len(received))),
                     [str(head) for head in range(received.shape[1])],
                     "mean attention weight",
                     (0.0, 1.0),

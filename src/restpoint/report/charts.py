@@ -52,6 +52,23 @@ class Heat:
 
 
 @dataclass(frozen=True, eq=False)
+class Trail:
+    """The way of one token in a plane, coloured by step.
+
+    Attributes:
+        name: of the token.
+        x: first coordinate at each step.
+        y: second.
+        steps: their numbers.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    steps: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Chart:
     """One picture with what to look at in it.
 
@@ -63,6 +80,8 @@ class Chart:
         y: likewise.
         lines: drawn over one another.
         heat: drawn instead of lines.
+        trails: drawn instead of both.
+        ticks: names of the places 0, 1, .. of the axis that layers are on, or of x; their numbers if left out.
         layers: L, where x or y is the number of a layer; 0 where both are something else.
         upright: whether that is y.
         mark: a layer to point at, with what it is.
@@ -77,6 +96,8 @@ class Chart:
     y: str
     lines: list[Line] = field(default_factory=list)
     heat: Heat | None = None
+    trails: list[Trail] = field(default_factory=list)
+    ticks: tuple[str, ...] = ()
     layers: int = 0
     upright: bool = False
     mark: tuple[float, str] | None = None
@@ -89,7 +110,7 @@ class Chart:
         return any(line.second for line in self.lines)
 
     def __bool__(self) -> bool:
-        return self.heat is not None or bool(self.lines)
+        return self.heat is not None or bool(self.lines) or bool(self.trails)
 
 
 def beside(charts: Sequence[Chart], others: Sequence[Chart], label: str) -> list[Chart]:
@@ -110,8 +131,9 @@ def _beside(chart: Chart, other: Chart, label: str) -> Chart:
     if not chart.lines or not other.lines:
         return chart
     dashed = [replace(line, name=f"{line.name}, {label}", bands=(), second=True) for line in other.lines]
-    if chart.layers == other.layers:
+    if chart.layers == other.layers and chart.ticks == other.ticks:
         return replace(chart, lines=chart.lines + dashed)
+    chart = replace(chart, ticks=())
     ours = [_relative(line, chart) for line in chart.lines]
     theirs = [_relative(line, other) for line in dashed]
     if chart.upright:

@@ -1,18 +1,20 @@
 """Charts as plotly takes them, and scenes as the page's script does: plain data, rounded to what an eye can tell."""
 
 import math
+from html import escape
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from restpoint.report.charts import PALETTE, Chart, Heat, Line
+from restpoint.report.charts import PALETTE, Chart, Heat, Line, Trail
 from restpoint.trajectory.scenes import Scene
 
 _DIGITS = 5
 _BANDS = ("1f", "33")
 _CELLS = 20
 _FEW = 8
+_TICKS = 16
 _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -23,11 +25,22 @@ def figure(chart: Chart) -> dict[str, Any]:
         layout["xaxis"] |= {"type": "category", "nticks": 12}
         layout["yaxis"] |= {"type": "category", "nticks": 12}
         return {"data": [_heat(chart.heat)], "layout": layout}
+    if chart.trails:
+        layout["showlegend"] = False
+        layout["yaxis"] |= {"scaleanchor": "x"}
+        shown = [_trail(trail, number == 0) for number, trail in enumerate(chart.trails)]
+        return {"data": shown, "layout": layout}
     if chart.logarithmic:
         layout["yaxis"] |= {"type": "log", "nticks": 6}
     places = [float(place) for line in chart.lines for place in line.x]
     if max(places) - min(places) < _FEW and all(place.is_integer() for place in places):
         layout["xaxis"]["dtick"] = 1
+    if chart.ticks:
+        every = -(-len(chart.ticks) // _TICKS)
+        named = {"tickvals": list(range(0, len(chart.ticks), every)), "ticktext": list(chart.ticks[::every])}
+        if not chart.upright:  # the same room for all, so that the last name is not cut off
+            named |= {"tickangle": -35, "range": [-0.5, len(chart.ticks) - 0.5]}
+        layout["yaxis" if chart.upright else "xaxis"] |= named
     layout["showlegend"] = sum(not line.second for line in chart.lines) > 1
     if chart.mark is not None:
         layout["shapes"] = [
@@ -44,7 +57,7 @@ def figure(chart: Chart) -> dict[str, Any]:
             {"x": chart.mark[0], "y": 1, "yref": "paper", "text": chart.mark[1], "showarrow": False}
             | {"xanchor": "right", "yanchor": "top", "xshift": -4}
         ]
-    return {"data": [trace for line in chart.lines for trace in _line(line)], "layout": layout}
+    return {"data": [trace for line in chart.lines for trace in _line(line, chart)], "layout": layout}
 
 
 def scene(found: Scene) -> dict[str, Any]:
@@ -94,7 +107,7 @@ def _rounded(value: float, digits: int) -> float | int | None:
     return int(short) if short == int(short) and abs(short) < 1e15 else short
 
 
-def _line(line: Line) -> list[dict[str, Any]]:
+def _line(line: Line, chart: Chart) -> list[dict[str, Any]]:
     colour = PALETTE[line.colour % len(PALETTE)]
     x = rounded(line.x)
     traces: list[dict[str, Any]] = []
@@ -110,7 +123,23 @@ def _line(line: Line) -> list[dict[str, Any]]:
         drawn["mode"] = "markers"
     style = {"color": colour, "width": 1.6 if line.second else 2.2, "dash": "dash" if line.second else "solid"}
     drawn |= {"showlegend": not line.second}  # the caption says what is dashed
-    return [*traces, drawn | {"line": style, "hovertemplate": "%{x}: %{y:.4g}"}]
+    hover = "%{x}: %{y:.4g}"
+    if chart.ticks and not chart.upright:
+        drawn["text"] = [chart.ticks[int(place)] for place in line.x]
+        hover = "%{text}: %{y:.4g}"
+    return [*traces, drawn | {"line": style, "hovertemplate": hover}]
+
+
+def _trail(trail: Trail, scale: bool) -> dict[str, Any]:
+    """A way, with the token's name where it begins; one of all shows the scale of colours."""
+    name = escape(visible(trail.name), quote=False)  # plotly reads a little HTML in labels
+    marker = {"size": 6, "color": trail.steps.tolist(), "colorscale": "Viridis", "showscale": scale}
+    marker |= {"colorbar": {"title": {"text": "step", "side": "right", "font": {"size": 11}}, "thickness": 12}}
+    drawn = {"type": "scatter", "mode": "lines+markers+text", "x": rounded(trail.x), "y": rounded(trail.y)}
+    drawn |= {"line": {"width": 1, "color": PALETTE[5]}, "marker": marker, "name": name}
+    drawn |= {"text": [name] + [""] * (len(trail.x) - 1), "textposition": "top center", "textfont": {"size": 11}}
+    drawn |= {"hovertemplate": "%{fullData.name}: step %{marker.color}<extra></extra>", "cliponaxis": False}
+    return drawn
 
 
 def _heat(heat: Heat) -> dict[str, Any]:

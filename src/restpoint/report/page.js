@@ -29,6 +29,9 @@
   // plotly reads a little HTML in labels: text of the corpus must not be read so.
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
+  // What the state after a layer is called.
+  const named = (layer) => (data.depths.length ? data.depths[layer] : String(layer));
+
   const drawn = [];
   const root = document.documentElement;
 
@@ -75,7 +78,7 @@
         dots.text.push(plain(token));
         dots.hover.push(plain(token) + " → " + plain(scene.words[scene.predicted[layer][at]])
           + "<br>probability " + scene.probability[layer][at] + ", length " + scene.norms[layer][at]
-          + (settled ? "<br>settled at layer " + scene.settled[at] : ""));
+          + (settled ? "<br>settled at " + (data.depths.length ? "" : "layer ") + named(scene.settled[at]) : ""));
         dots.colour.push(settled ? ACCENT : "rgba(0,0,0,0)");
         dots.line.push(settled ? ACCENT : PLAIN);
       });
@@ -104,8 +107,8 @@
 
     function show() {
       const layer = +slider.value;
-      shown.value = layer + " of " + slider.max;
-      slider.setAttribute("aria-valuetext", "layer " + layer);
+      shown.value = data.depths.length ? named(layer) : layer + " of " + slider.max;
+      slider.setAttribute("aria-valuetext", (data.depths.length ? "" : "layer ") + named(layer));
       if (drawn.includes(box)) Plotly.react(box, traces(layer), layout(frame()), config);
       else draw(box, { data: traces(layer), layout: frame() });
       for (const head of table.querySelectorAll("thead th")) head.classList.toggle("now", head.dataset.layer === slider.value);
@@ -123,8 +126,8 @@
       sentence.textContent = scene.text;
       table.querySelectorAll("thead, tbody").forEach((part) => part.remove());
       const head = table.createTHead().insertRow(), body = table.createTBody();
-      cell(head, "th", "token \\ layer", "col");
-      scene.plane.forEach((_, layer) => { cell(head, "th", layer, "col").dataset.layer = layer; });
+      cell(head, "th", data.depths.length ? "token \\ state" : "token \\ layer", "col");
+      scene.plane.forEach((_, layer) => { cell(head, "th", named(layer), "col").dataset.layer = layer; });
       scene.tokens.forEach((token, at) => {
         const row = body.insertRow();
         cell(row, "th", token, "row").title = token;

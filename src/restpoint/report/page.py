@@ -59,7 +59,13 @@ def write_report(atlas: Atlas, path: Path, compare: Atlas | None = None) -> Path
         corpus=_plain(atlas.corpus),
         conditions=_plain(atlas.conditions),
         papers=_papers(atlas),
-        data=_json({"charts": _figures(made), "scenes": [scene(found) for found in atlas.scenes]}),
+        data=_json(
+            {
+                "charts": _figures(made),
+                "scenes": [scene(found) for found in atlas.scenes],
+                "depths": atlas.subject.depths,
+            }
+        ),
         style=_asset("page.css"),
         script=_asset("page.js"),
         plotly=get_plotlyjs(),
@@ -88,7 +94,7 @@ def _subject(subject: Subject) -> dict[str, str]:
         "Model": whole(subject.model),
         "Family": subject.family,
         "Part": subject.part,
-        "Layers": f"{subject.layers} ({subject.layers + 1} states)",
+        "States" if subject.depths else "Layers": _depth(subject),
         "State size": f"{subject.hidden:,}",
         "Vocabulary": f"{subject.vocabulary:,}" if subject.vocabulary else "none",
         "Parameters": f"{subject.parameters:,}",
@@ -98,20 +104,37 @@ def _subject(subject: Subject) -> dict[str, str]:
     }
 
 
+def _depth(subject: Subject) -> str:
+    states = f"{subject.layers + 1} states"
+    return f"{states}: {', '.join(subject.depths)}" if subject.depths else f"{subject.layers} ({states})"
+
+
 def _telling(atlas: Atlas) -> list[tuple[str, str]]:
     """The line of figures at the top: (figure, what it is)."""
     layers = atlas.subject.layers
-    found = [(shown(float(layers)), "layers"), (_short(atlas.subject.parameters), "parameters")]
+    word = "layer"
+    found = [
+        (shown(float(layers + 1)), "states") if atlas.subject.depths else (shown(float(layers)), "layers"),
+        (_short(atlas.subject.parameters), "parameters"),
+    ]
     if isinstance(tokens := atlas.corpus.get("tokens"), int):
         found.append((_short(tokens), "tokens read"))
     agreement = _of(atlas, "lens").array("logit.agreement", 1)
     if agreement is not None and (agreement >= 0.5).any():
         found.append(
-            (str(int((agreement >= 0.5).argmax())), "first layer at which the logit lens is right half the time")
+            (
+                atlas.subject.depth(int((agreement >= 0.5).argmax())),
+                "where the logit lens is right half the time first"
+                if atlas.subject.depths
+                else "first layer at which the logit lens is right half the time",
+            )
         )
     settled = _of(atlas, "saturation").array("layer.mean", 1)
     if settled is not None:
-        found.append((shown(round(float(settled[0]), 1)), "mean layer where the first rank settles"))
+        loop, where = atlas.subject.loop, float(settled[0])
+        if loop is not None:
+            where, word = (where - loop.first) / loop.stride, "step"
+        found.append((shown(round(where, 1)), f"mean {word} where the first rank settles"))
     tau = _of(atlas, "saturation").number("tau")
     if tau is not None:
         found.append((f"{tau:.2f}", "Kendall's tau of the order in which ranks settle"))

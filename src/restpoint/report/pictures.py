@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from restpoint.files import write
-from restpoint.report.charts import PALETTE, Chart, Heat
+from restpoint.report.charts import PALETTE, Chart, Heat, Trail
 from restpoint.report.sections import sections
 from restpoint.trajectory.atlas import Atlas
 from restpoint.trajectory.scenes import Scene
@@ -70,10 +70,12 @@ def _scene(scene: Scene, axes: Any, figure: Any) -> None:
 
 
 def _chart(chart: Chart, axes: Any, figure: Any) -> None:
-    if chart.heat is None:
-        _lines(chart, axes)
-    else:
+    if chart.trails:
+        _trails(chart.trails, axes, figure)
+    elif chart.heat is not None:
         _heat(chart.heat, axes, figure)
+    else:
+        _lines(chart, axes)
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
 
@@ -90,11 +92,27 @@ def _lines(chart: Chart, axes: Any) -> None:
         axes.axvline(chart.mark[0], color=PALETTE[5], linestyle=":", label=chart.mark[1])
     if all(float(place).is_integer() for line in chart.lines for place in line.x):
         axes.xaxis.get_major_locator().set_params(integer=True)
+    if chart.ticks:
+        places = range(0, len(chart.ticks), -(-len(chart.ticks) // _TICKS))
+        axis = axes.yaxis if chart.upright else axes.xaxis
+        axis.set_ticks(list(places), [chart.ticks[place] for place in places])
+        if not chart.upright and max(map(len, chart.ticks)) > _LONG:
+            axes.tick_params(axis="x", rotation=30)
     if chart.logarithmic:
         axes.set_yscale("log")
     if len(chart.lines) > 1 or chart.mark is not None:
         axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _trails(trails: list[Trail], axes: Any, figure: Any) -> None:
+    """Ways in the plane, coloured by step; without the tokens' names, whose script a font may lack."""
+    for trail in trails:
+        axes.plot(trail.x, trail.y, color=PALETTE[5], linewidth=0.8, alpha=0.6, zorder=1)
+    x, y, steps = (np.concatenate([getattr(trail, part) for trail in trails]) for part in ("x", "y", "steps"))
+    dots = axes.scatter(x, y, c=steps, cmap="viridis", s=16, zorder=2)
+    figure.colorbar(dots, label="step")
+    axes.set_aspect("equal", adjustable="datalim")
 
 
 def _heat(heat: Heat, axes: Any, figure: Any) -> None:

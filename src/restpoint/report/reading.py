@@ -1,11 +1,12 @@
 """Reads results of a measure and remembers which, so that a page can list what it had no chart for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from restpoint.model.watch import Loop
 from restpoint.report.charts import Line
 
 _NOT_DEPTH = {"energy.betas", "layer.mean"}
@@ -18,12 +19,18 @@ class Reader:
 
     Attributes:
         layers: L; there are L + 1 states.
+        ticks: names of the states, where a number does not say what they are.
+        loop: where among them iterates stand, if there are any.
         taken: names of what was read.
     """
 
-    def __init__(self, results: Mapping[str, Tensor], layers: int) -> None:
+    def __init__(
+        self, results: Mapping[str, Tensor], layers: int, names: Sequence[str] = (), loop: Loop | None = None
+    ) -> None:
         self._results = results
         self.layers = layers
+        self.ticks = tuple(names)
+        self.loop = loop
         self.taken: set[str] = set()
 
     def names(self) -> list[str]:
@@ -63,6 +70,10 @@ class Reader:
         """The last so many of the layers 0 .. L."""
         return np.arange(self.layers + 1 - count, self.layers + 1, dtype=float)
 
+    def called(self, depths: Iterable[float | int]) -> list[str]:
+        """Names of states, or their numbers."""
+        return [self.ticks[int(depth)] if self.ticks else f"{depth:.0f}" for depth in depths]
+
     def rest(self) -> list[tuple[str, list[str]]]:
         """What was not read: a name, with an index where it has several rows, and its numbers."""
         rows = []
@@ -77,7 +88,7 @@ def depth_axis(name: str, value: Tensor, layers: int) -> int | None:
 
     An axis of L - 1, L or L + 1 entries is, the first one if there are several. Where a name is known, it decides.
     """
-    if name in _NOT_DEPTH or not value.ndim:
+    if name in _NOT_DEPTH or name.startswith("blocks.") or not value.ndim:
         return None
     sizes = {layers - 1, layers, layers + 1} - {0}
     order = (value.ndim - 1,) if name in _LAST_AXIS else (0, value.ndim - 1)

@@ -1,14 +1,15 @@
 """The sections of the report: for every measure, which charts show it and what there is to see in them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from restpoint.report.attending import bounds, lens, saturation, sinks, tasks
 from restpoint.report.charts import Chart, beside
 from restpoint.report.reading import Reader
-from restpoint.report.shaping import gathering, geometry, pairs, transport
+from restpoint.report.scales import paths, two_scale
+from restpoint.report.shaping import LAYER, gathering, geometry, pairs, transport
 from restpoint.trajectory.atlas import Atlas, Subject
 
 
@@ -50,6 +51,15 @@ _KNOWN: dict[str, list[tuple[str, str, str, Callable[[Reader], Found]]]] = {
             "How near to one another the tokens of one text are. Interacting-particle theory has them gather into few "
             "clusters as depth grows, and one in the end.",
             gathering,
+        ),
+    ],
+    "two-scale": [
+        (
+            "two-scale",
+            "Two scales: steps within, drift across",
+            "A block has the states x₀ .. xₙ and the steps Dₖ = xₖ - xₖ₋₁: a stretch of layers, or the iterates of a "
+            "loop. Lines are medians over tokens; the bands hold the middle half and the middle nine tenths of them.",
+            two_scale,
         ),
     ],
     "pairs": [
@@ -127,16 +137,37 @@ def label(subject: Subject, compare: Subject) -> str:
     return compare.part if compare.part != subject.part else "the other atlas"
 
 
+def _reader(results: Mapping[str, Tensor], subject: Subject) -> Reader:
+    return Reader(results, subject.layers, subject.depths, subject.loop)
+
+
+def _named(charts: Sequence[Chart], subject: Subject) -> list[Chart]:
+    """With names at the axes that depth is on, where states have names."""
+    if not subject.depths:
+        return list(charts)
+    named = []
+    for chart in charts:
+        if chart.lines and chart.layers and LAYER in (chart.x, chart.y):
+            chart = replace(chart, ticks=tuple(subject.depths))
+        x, y = ("depth" if title == LAYER else title for title in (chart.x, chart.y))
+        named.append(replace(chart, x=x, y=y))
+    return named
+
+
 def _of_measure(measure: str, atlas: Atlas, compare: Atlas | None) -> list[Section]:
     results: Mapping[str, Tensor] = atlas.results[measure]
-    reader = Reader(results, atlas.subject.layers)
+    reader = _reader(results, atlas.subject)
     made = []
     for name, title, lead, build in _KNOWN.get(measure, []):
         charts, facts = build(reader)
         charts = [chart for chart in charts if chart]
         if compare is not None and measure in compare.results:
-            others, _ = build(Reader(compare.results[measure], compare.subject.layers))
-            charts = beside(charts, others, label(atlas.subject, compare.subject))
+            subjects = atlas.subject, compare.subject
+            others, _ = build(_reader(compare.results[measure], compare.subject))
+            charts = beside(_named(charts, atlas.subject), _named(others, compare.subject), label(*subjects))
+        if name == "two-scale":
+            charts += paths(atlas.scenes)
+        charts = _named(charts, atlas.subject)
         if charts or facts:
             made.append(Section(name, title, lead, charts, facts, []))
     rest = reader.rest()

@@ -79,7 +79,10 @@ def geometry(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
                     "position in the text (token)",
                     LAYER,
                     heat=Heat(
-                        by_position, _names(read.depths(len(by_position))), _doubling(by_position.shape[1]), shown_as
+                        by_position,
+                        read.called(read.depths(len(by_position))),
+                        _doubling(by_position.shape[1]),
+                        shown_as,
                     ),
                 )
             )
@@ -176,7 +179,7 @@ def pairs(read: Reader) -> tuple[list[Chart], list[tuple[str, str]]]:
     r2 = read.array("r2", 2)
     if r2 is None:
         return [], []
-    names = _names(read.depths(len(r2)))
+    names = read.called(read.depths(len(r2)))
     caption = (
         "How much of the variance of layer j a linear map from layer i explains. A bright last column is what draft "
         "heads without training live on; blocks are stretches of layers that do alike."
@@ -249,10 +252,6 @@ def _banded(read: Reader, name: str) -> list[Line]:
         Line("mean", line.x, line.y, tuple(bands)),
         *read.profile(f"{name}.q50", "median", 1),
     ]
-
-
-def _names(numbers: np.ndarray) -> list[str]:
-    return [f"{number:.0f}" for number in numbers]
 
 
 def _doubling(count: int) -> list[str]:

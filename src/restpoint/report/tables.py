@@ -16,8 +16,9 @@ def export_tables(atlas: Atlas, folder: Path) -> list[Path]:
     """Write ``MEASURE.csv`` for every measure: a row for each layer 0 .. L, a column for each quantity.
 
     A quantity that several heads, positions or pairs have gets a column for each, ``name[index]``. What is known of the
-    last n layers only (steps begin at layer 1, turns at 2) leaves the cells before empty. What does not run along depth
-    is in ``MEASURE.other.csv``: a row for each number, with its name and index. Numbers are written in full.
+    last n layers only (steps begin at layer 1, turns at 2) leaves the cells before empty. Where states have names, such
+    as ``prelude 1`` or ``step 3``, they are in the second column. What does not run along depth is in
+    ``MEASURE.other.csv``: a row for each number, with its name and index. Numbers are written in full.
 
     Args:
         atlas: what was measured.
@@ -35,8 +36,10 @@ def export_tables(atlas: Atlas, folder: Path) -> list[Path]:
         if columns:
             depth = atlas.subject.layers + 1
             cells = [[""] * (depth - len(values)) + [repr(value) for value in values] for values in columns.values()]
-            rows = ([str(layer), *row] for layer, row in enumerate(zip(*cells, strict=True)))
-            written.append(_write(folder / f"{measure}.csv", ["layer", *columns], rows))
+            names = [[name] for name in atlas.subject.depths] or [[]] * depth
+            rows = ([str(layer), *names[layer], *row] for layer, row in enumerate(zip(*cells, strict=True)))
+            header = ["layer", "state"] if atlas.subject.depths else ["layer"]
+            written.append(_write(folder / f"{measure}.csv", [*header, *columns], rows))
         others = _others(results, atlas.subject.layers)
         if others:
             written.append(_write(folder / f"{measure}.other.csv", ["quantity", "index", "value"], others))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from restpoint import files
 from restpoint.errors import RestpointError
+from restpoint.model.watch import Loop
 from restpoint.trajectory import partial
 from restpoint.trajectory.scenes import Scene
 
-FORMAT = 1
+FORMAT = 2
 _JSON, _TENSORS = "atlas.json", "atlas.safetensors"
 _RESULT, _SUM, _SCENE = "result", "sum", "scene"
-_DRAWN = ("plane", "norms", "probability", "entropy", "settled")
+_DRAWN = ("plane", "norms", "probability", "entropy", "settled", "path")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Subject:
         parameters: of the model.
         dtype: that it was run in.
         untrained: whether its weights were replaced by random ones.
+        depths: names of the L + 1 states, where a number does not say what they are.
+        loop: where among them the iterates stand, if a block is iterated.
     """
 
     model: str
@@ -51,6 +54,12 @@ class Subject:
     parameters: int
     dtype: str
     untrained: bool = False
+    depths: list[str] = field(default_factory=list)
+    loop: Loop | None = None
+
+    def depth(self, number: int) -> str:
+        """What a state is called."""
+        return self.depths[number] if self.depths else str(number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +95,8 @@ class Atlas:
         tensors = {f"{_RESULT}/{measure}/{name}": own for measure, name, own in _flat(self.results)}
         tensors |= {f"{_SUM}/{measure}/{name}": own for measure, name, own in _flat(self.sums)}
         for number, scene in enumerate(self.scenes):
-            tensors |= {f"{_SCENE}/{number}/{name}": getattr(scene, name) for name in _DRAWN}
+            drawn = {name: getattr(scene, name) for name in _DRAWN}
+            tensors |= {f"{_SCENE}/{number}/{name}": own for name, own in drawn.items() if own is not None}
         tensors = {name: own.detach().cpu().contiguous() for name, own in tensors.items()}
         described = {
             "format": FORMAT,
@@ -125,21 +135,29 @@ class Atlas:
             if _content_hash(tensors) != described["tensors"]:
                 raise RestpointError(f"atlas: {folder} holds files of two different atlases; analyse again")
             return cls(
-                Subject(**described["subject"]),
+                _subject(described["subject"]),
                 described["corpus"],
                 described["conditions"],
                 _nested(tensors, _RESULT),
                 described["papers"],
-                [
-                    Scene(**own, **{name: tensors[f"{_SCENE}/{number}/{name}"] for name in _DRAWN})
-                    for number, own in enumerate(described["scenes"])
-                ],
+                [Scene(**own, **_drawn(tensors, number)) for number, own in enumerate(described["scenes"])],
                 _nested(tensors, _SUM),
             )
         except FileNotFoundError as error:
             raise RestpointError(f"atlas: {folder} holds none; give a folder that `restpoint analyze` wrote") from error
         except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise RestpointError(f"atlas: {folder} is damaged ({error}); analyse again") from error
+
+
+def _subject(described: Mapping[str, Any]) -> Subject:
+    loop = described.get("loop")  # format 1 has neither that nor names of states
+    return Subject(**{**described, "loop": None if loop is None else Loop(**loop)})
+
+
+def _drawn(tensors: Mapping[str, Tensor], number: int) -> dict[str, Any]:
+    """What is drawn of a scene; only models that iterate a block have a path."""
+    prefix = f"{_SCENE}/{number}/"
+    return {name: tensors[prefix + name] for name in _DRAWN if name != "path" or prefix + name in tensors}
 
 
 def _flat(nested: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, str, Tensor]]:

@@ -88,8 +88,9 @@ class Bounds(Measure):
         if trajectory.index % self.every:
             return
         states = trajectory.states
-        states = states[:, evenly_spaced(states.shape[1], self.tokens).to(states.device)]
-        self._add_laws(states)
+        places = evenly_spaced(states.shape[1], self.tokens).to(states.device)
+        states = states[:, places]
+        self._add_laws(trajectory.read[:, places])
         self._add_contraction(states.double())
         self._add("texts", torch.ones((), dtype=torch.int64))
         self._add("tokens", torch.tensor(states.shape[1]))

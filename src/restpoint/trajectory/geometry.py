@@ -27,7 +27,8 @@ class Geometry(Measure):
     ``.position`` by the token's place in its text (0, 1, 2-3, 4-7, ..), the last two of every second text. For the
     clouds of the states h_0 .. h_L:
 
-    * ``anisotropy``: the mean cosine of two tokens of the corpus, (‖sum u‖² - n) / (n (n - 1)) with u = h / ‖h‖.
+    * ``anisotropy``: the mean cosine of two tokens of the corpus, (‖sum u‖² - n) / (n (n - 1)) with u = h / ‖h‖; n
+      are those that are not 0.
     * ``effective_rank`` and ``participation_ratio`` of the covariance over all sampled tokens, and
       ``.without_sinks``: without first tokens and those whose norm somewhere exceeds ten medians of their text. Left
       out above 2048 dimensions, whose covariances would take gigabytes.
@@ -69,6 +70,7 @@ class Geometry(Measure):
         norms = motions["norm"]
         units = states / norms.unsqueeze(-1).clamp_min(torch.finfo(states.dtype).tiny)
         self._add("tokens", torch.tensor(states.shape[1]))
+        self._add("directed", (norms > 0).sum(-1))
         self._add("directions", units.sum(1))
         if trajectory.index % self.every == 0 and states.shape[2] <= 2048:
             self._add_covariance(states, _sinks(norms))
@@ -98,25 +100,37 @@ class Geometry(Measure):
 
     def _add_clouds(self, states: Float[Tensor, "depth tokens hidden"]) -> None:
         states = states[:, evenly_spaced(states.shape[1], _MOST)]
-        states = states[:, _directed(states)]
+        there = (states != 0).any(-1).any(-1)  # a loop may begin with zeros alone, which are no cloud
+        states = states[:, _directed(states[there])]
         if states.shape[1] < 2:
             return
+        states, depth = states[there], len(states)
+
+        def placed(values: Tensor) -> Tensor:
+            """Not a number where there is no cloud."""
+            if bool(there.all()):
+                return values
+            whole = torch.full((*values.shape[:-1], depth), torch.nan, dtype=torch.float64)
+            whole[..., there.cpu()] = values.double().cpu()
+            return whole
+
         self._add("texts", torch.tensor(1))
-        self._add("clusters.components", observables.cluster_count(states, self.tau))
-        self._add("clusters.rank", observables.cluster_rank(states, self.tau))
-        self._add("clusters.share", observables.clustered_share(states, self.tau))
+        self._add("clusters.components", placed(observables.cluster_count(states, self.tau)))
+        self._add("clusters.rank", placed(observables.cluster_rank(states, self.tau)))
+        self._add("clusters.share", placed(observables.clustered_share(states, self.tau)))
         energies = [observables.log_energy(states.double(), beta).exp() for beta in self.betas]
-        self._add("energy", torch.stack(energies))
-        self._add("rank_collapse", rank_collapse(states))
+        self._add("energy", placed(torch.stack(energies)))
+        self._add("rank_collapse", placed(rank_collapse(states)))
 
     def results(self) -> dict[str, Float64[Tensor, "..."]]:
         """See :meth:`Measure.results`."""
         found: dict[str, Tensor] = {}
         for name in MOTIONS:
             found |= self._motion(name)
-        tokens = self.sums["tokens"].double()
+        tokens = self.sums["directed"].double()
         pairs = (tokens * (tokens - 1)).clamp_min(1)
-        found["anisotropy"] = (self.sums["directions"].square().sum(-1) - tokens) / pairs
+        cosines = (self.sums["directions"].square().sum(-1) - tokens) / pairs
+        found["anisotropy"] = cosines.masked_fill(tokens == 0, torch.nan)
         if "cloud.count" in self.sums:
             found |= self._ranks()
         if "texts" in self.sums:

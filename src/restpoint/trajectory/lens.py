@@ -21,7 +21,8 @@ class Lens(Measure):
 
     Results for each lens, one value a state h_0 .. h_L (NaN where it has no map): ``.entropy`` of p_l and ``.kl``
     KL(p_L ‖ p_l), in nats; ``.tv``, total variation; ``.agreement``, how often both have the same most probable token.
-    The lens ``logit`` takes the state as it is.
+    The lens ``logit`` takes the state as it is, or, of a block that is iterated, as the model itself would read it,
+    were it the last iterate.
 
     Only one layer's laws of the sampled tokens of one text exist at a time.
 
@@ -50,7 +51,7 @@ class Lens(Measure):
         if lenses and "logit" in lenses:
             raise RestpointError("lenses: logit is the lens of states as they are; give the other one another name")
         self.readout = readout
-        self.lenses: dict[str, Predict] = {"logit": lambda _layer, states: states, **(lenses or {})}
+        self.lenses = dict(lenses or {})
         self.every = every
         self.tokens = tokens
 
@@ -59,11 +60,13 @@ class Lens(Measure):
         """See :meth:`Measure.add`."""
         if trajectory.index % self.every:
             return
-        states = trajectory.states[:, evenly_spaced(trajectory.states.shape[1], self.tokens)]
-        last = self.readout(states[-1]).float().log_softmax(-1)
+        places = evenly_spaced(trajectory.states.shape[1], self.tokens)
+        states, read = trajectory.states[:, places], trajectory.read[:, places]
+        last = self.readout(read[-1]).float().log_softmax(-1)
         law, best = last.exp(), last.argmax(-1)
         depth = len(states)
-        for name, predict in self.lenses.items():
+        lenses: dict[str, Predict] = {"logit": lambda layer, _states: read[layer], **self.lenses}
+        for name, predict in lenses.items():
             found = torch.zeros(5, depth, dtype=torch.float64)
             for layer, own in enumerate(states):
                 rest = own if layer == depth - 1 else predict(layer, own)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -41,6 +42,7 @@ class Trajectory:
         ids: token ids; None where what was read are no tokens.
         domain: the kind of text, where kinds are told apart.
         attention: None where no measure asks for it.
+        finish: what the head would be given, were each of the states the last; None where that is the states.
     """
 
     states: Float[Tensor, "depth tokens hidden"]
@@ -48,6 +50,12 @@ class Trajectory:
     ids: Int[Tensor, " tokens"] | None = None
     domain: str = ""
     attention: Attention | None = None
+    finish: Callable[[Float[Tensor, "depth tokens hidden"]], Float[Tensor, "depth tokens hidden"]] | None = None
+
+    @cached_property
+    def read(self) -> Float[Tensor, "depth tokens hidden"]:
+        """The states as the head would read them: an iterate passes through the model's coda first."""
+        return self.states if self.finish is None else self.finish(self.states)
 
 
 class Measure(ABC):

@@ -6,9 +6,9 @@ from typing import Annotated
 from tyro.conf import arg
 
 from restpoint.errors import RestpointError
-from restpoint.flags import Name, Number
+from restpoint.flags import Flag, Name, Number
 
-MEASURES = ("geometry", "pairs", "lens", "saturation", "tasks", "sinks", "transport", "bounds")
+MEASURES = ("geometry", "pairs", "lens", "saturation", "tasks", "sinks", "transport", "bounds", "two-scale")
 """All that can be measured."""
 
 
@@ -17,8 +17,8 @@ class SurveyOptions:
     """What to measure, on how much text."""
 
     measures: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")] = ()
-    """geometry, pairs (of layers), lens, saturation, tasks, sinks, transport, bounds; all that a model allows if left
-    out."""
+    """geometry, pairs (of layers), lens, saturation, tasks, sinks, transport, bounds, two-scale; all that a model
+    allows if left out."""
     max_tokens: int = 50_000
     """Tokens to read."""
     sequence_length: int = 256
@@ -35,6 +35,10 @@ class SurveyOptions:
     """Which stack of layers, where a model has several: `encoder`, `decoder`."""
     layers: Name = None
     """Path of the list of layers in the model, where it is not found."""
+    blocks: int = 4
+    """Stretches of layers that steps and drift are told apart by; a model that iterates has prelude, loop and coda."""
+    inner_layers: Flag = False
+    """Of a model that iterates a block: record the layers inside each iteration too."""
     checkpoint_every: Number = None
     """Save what is measured after so many batches; 64 if left out. An interrupted survey resumes from there."""
     seed: int = 0
@@ -49,7 +53,7 @@ class SurveyOptions:
             raise RestpointError(f"max_tokens is {self.max_tokens}; at least 2 are needed")
         if self.sequence_length < 2:
             raise RestpointError(f"sequence_length is {self.sequence_length}; a trajectory needs two tokens at least")
-        for name in ("batch", "top", "checkpoint_every"):
+        for name in ("batch", "top", "blocks", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RestpointError(f"{name} is {value}; it must be at least 1")

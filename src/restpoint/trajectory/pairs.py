@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from restpoint.errors import RestpointError
 from restpoint.trajectory.measure import Measure, Trajectory
 
 _WIDEST = 6144
@@ -75,10 +76,25 @@ class Pairs(Measure):
         for i in range(depth):
             across = covariance[i] - mean[i][:, None, None] * mean[None]  # width, depth, width
             own = across[:, i]
-            ridge = 1e-9 * own.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-            factor = torch.linalg.cholesky(own + ridge)
+            if not bool(own.diagonal().any()):  # a state that is the same for all tokens explains nothing
+                continue
+            factor = _factor(own)
             explained = torch.linalg.solve_triangular(factor, across.reshape(width, -1), upper=False)
             r2[i] = explained.view(width, depth, width).square().sum((0, 2))
         variances = torch.stack([covariance[j, :, j].diagonal().sum() - mean[j].square().sum() for j in range(depth)])
-        r2 = 1 - (1 - r2 / variances) * (tokens - 1) / (tokens - width - 1)
+        r2 = 1 - (1 - r2 / variances.masked_fill(variances == 0, torch.nan)) * (tokens - 1) / (tokens - width - 1)
         return found | {"r2": r2}
+
+
+def _factor(covariance: Float64[Tensor, "width width"]) -> Float64[Tensor, "width width"]:
+    """The lower Cholesky factor, with a ridge of 1e-9 of the mean variance or the least power of ten that does.
+
+    More is needed where states lie in fewer directions than they have entries, as the first states of a loop do, which
+    depend on the position alone: products in float32 then leave eigenvalues a little below 0.
+    """
+    for power in range(-9, 0):
+        ridge = 10.0**power * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+        factor, failed = torch.linalg.cholesky_ex(covariance + ridge)
+        if not int(failed):
+            return factor
+    raise RestpointError("states: their covariance has negative eigenvalues; read the text with a float32 model")

@@ -175,7 +175,9 @@ class Reader:
                 f"text: the state of piece {piece.number} after layer {layer} is not finite; "
                 "load the model in float32 or bfloat16, or leave that text out"
             )
-        return Trajectory(states, piece.index, torch.tensor(piece.ids) if piece.ids else None, piece.domain)
+        ids = torch.tensor(piece.ids) if piece.ids else None
+        finish = None if self.layers.loop is None else self.layers.finished
+        return Trajectory(states, piece.index, ids, piece.domain, finish=finish)
 
     @torch.inference_mode()
     def read_attention(self, piece: Piece, length: int) -> Trajectory:

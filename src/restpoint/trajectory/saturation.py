@@ -132,6 +132,7 @@ class Saturation(Measure):
         every: one text in so many is read: those whose index it divides.
         tokens: at most so many tokens of a text, evenly spaced.
         permutations: of the labels.
+        last: the state that counts as the last, where what follows is read from it alone: s_r, before a coda.
 
     Raises:
         RestpointError: an argument is out of its range.
@@ -143,7 +144,15 @@ class Saturation(Measure):
         "tokens in order",
     )
 
-    def __init__(self, readout: Readout, k: int = 5, every: int = 1, tokens: int = 64, permutations: int = 1000):
+    def __init__(
+        self,
+        readout: Readout,
+        k: int = 5,
+        every: int = 1,
+        tokens: int = 64,
+        permutations: int = 1000,
+        last: int | None = None,
+    ):
         super().__init__()
         for argument, value in (("k", k), ("every", every), ("tokens", tokens), ("permutations", permutations)):
             if value < 1:
@@ -153,18 +162,20 @@ class Saturation(Measure):
         self.every = every
         self.tokens = tokens
         self.permutations = permutations
+        self.last = last
 
     @torch.no_grad()
     def add(self, trajectory: Trajectory) -> None:
         """Read one text; the texts between the sampled ones are passed over."""
         if trajectory.index % self.every:
             return
-        states = trajectory.states[:, evenly_spaced(trajectory.states.shape[1], self.tokens)]
-        self.observe(saturation_layers(top_tokens(states, self.readout, self.k)), len(states), trajectory.index)
+        states = trajectory.read[:, evenly_spaced(trajectory.states.shape[1], self.tokens)]
+        decided = states if self.last is None else states[: self.last + 1]
+        self.observe(saturation_layers(top_tokens(decided, self.readout, self.k)), len(states), trajectory.index)
 
     def observe(self, layers: Int[Tensor, "tokens k"], depth: int, index: int) -> None:
         """Add tokens whose saturation layers are known."""
-        last = depth - 1
+        last = depth - 1 if self.last is None else self.last
         early = settles_early(layers, last)
         count = ranks_in_play(layers, last)
         ranked = early & (count >= _FEWEST)

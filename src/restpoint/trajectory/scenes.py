@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from restpoint.model.watch import Loop
 from restpoint.trajectory.measure import Readout, Trajectory
 
 
@@ -25,6 +26,8 @@ class Scene:
         entropy: of that law in nats.
         settled: the first layer from which the most probable token is the last layer's at every later one.
         domain: the kind of text.
+        path: where a block is iterated, s_1 .. s_r in the two leading principal directions of s_k - s_r over the
+            sentence's tokens, s_r in the origin; s_0, which the text has no part in, is left out.
     """
 
     text: str
@@ -36,10 +39,17 @@ class Scene:
     entropy: Float[Tensor, "depth tokens"]
     settled: Int[Tensor, " tokens"]
     domain: str = ""
+    path: Float[Tensor, "iterates tokens 2"] | None = None
 
 
 @torch.inference_mode()
-def scene(trajectory: Trajectory, readout: Readout | None, tokenizer: PreTrainedTokenizerBase, most: int = 32) -> Scene:
+def scene(
+    trajectory: Trajectory,
+    readout: Readout | None,
+    tokenizer: PreTrainedTokenizerBase,
+    most: int = 32,
+    loop: Loop | None = None,
+) -> Scene:
     """The first tokens of a text, to be looked at.
 
     Args:
@@ -47,6 +57,7 @@ def scene(trajectory: Trajectory, readout: Readout | None, tokenizer: PreTrained
         readout: final norm and unembedding; None for a model without, whose states predict nothing.
         tokenizer: for the names of tokens.
         most: tokens kept.
+        loop: where iterates stand among the states, if there are any.
     """
     assert trajectory.ids is not None
     ids, states = trajectory.ids[:most], trajectory.states[:, :most]
@@ -58,7 +69,7 @@ def scene(trajectory: Trajectory, readout: Readout | None, tokenizer: PreTrained
     plane[..., : len(directions)] = ((units - units.mean((0, 1))) @ directions.T).float()
     probability, entropy = torch.zeros_like(norms), torch.zeros_like(norms)
     best = torch.zeros(norms.shape, dtype=torch.long)
-    for layer, own in enumerate(states if readout is not None else ()):
+    for layer, own in enumerate(trajectory.read[:, :most] if readout is not None else ()):
         assert readout is not None
         law = readout(own).float().softmax(-1)
         top = law.max(-1)
@@ -75,7 +86,17 @@ def scene(trajectory: Trajectory, readout: Readout | None, tokenizer: PreTrained
         entropy=entropy,
         settled=len(states) - same.sum(0).long(),
         domain=trajectory.domain,
+        path=None if loop is None else path_of(states[loop.iterates()[1:]]),
     )
+
+
+def path_of(iterates: Float[Tensor, "iterates tokens hidden"]) -> Float[Tensor, "iterates tokens 2"]:
+    """Iterates, seen from the last, in the two directions that their squared distances from it are largest along."""
+    way = iterates - iterates[-1]
+    directions = torch.linalg.svd(way.flatten(0, 1), full_matrices=False).Vh[:2]
+    path = torch.zeros(*way.shape[:2], 2)
+    path[..., : len(directions)] = (way @ directions.T).float()
+    return path
 
 
 def _names(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from restpoint.errors import RestpointError
 from restpoint.model.fingerprint import fingerprint
-from restpoint.model.layered import LayeredModel
 from restpoint.model.watch import WatchedLayers
 from restpoint.trajectory.atlas import Atlas, Subject
 from restpoint.trajectory.lens import Predict
@@ -27,7 +26,7 @@ from restpoint.trajectory.partial import Partial
 from restpoint.trajectory.reading import Cut, Piece, Reader, Sample, batches
 from restpoint.trajectory.scenes import Scene, scene
 from restpoint.trajectory.sinks import LENGTH
-from restpoint.trajectory.surveyed import Surveyed, layered_readout
+from restpoint.trajectory.surveyed import Surveyed
 from restpoint.trajectory.tasks import PAPERS, TEXTS, study_tasks
 
 Progress = Callable[[str, int, int], None]
@@ -63,9 +62,9 @@ def survey(
     """
     options = options or SurveyOptions()
     began = time.perf_counter()
-    layers = WatchedLayers(subject.model, options.part or "", options.layers or "")
+    layers = subject.watched(options)
     reader = Reader(layers)
-    measures, notes = allowed(subject, options, lenses)
+    measures, notes = allowed(subject, layers, options, lenses)
     which, count = options.shares()
     recipe = _recipe(subject, options, layers.path, lenses)
     partial = Partial(Path(folder), measures, recipe) if folder is not None else None
@@ -132,7 +131,7 @@ def survey(
         conditions=_conditions(subject.model, options, time.perf_counter() - began, notes),
         results=results,
         papers=papers,
-        scenes=_scenes(reader, subject, layered, _in_turn(looked_at, options.scenes)),
+        scenes=_scenes(reader, subject, _in_turn(looked_at, options.scenes)),
         sums={measure.name: measure.sums for measure in measures if measure.sums} if count > 1 else {},
     )
 
@@ -162,7 +161,7 @@ def merge(atlases: Sequence[Atlas]) -> Atlas:
         raise RestpointError(f"atlases: of {count} shares there are {told}; give each of them once")
     measures = []
     for name in dict.fromkeys(name for atlas in atlases for name in atlas.sums):
-        means = Means(options, vocabulary=first.subject.vocabulary)
+        means = Means(options, first.subject.layers, first.subject.loop, vocabulary=first.subject.vocabulary)
         parts = [make(name, means) for _ in atlases]
         for part, atlas in zip(parts, atlases, strict=True):
             part.restore(atlas.sums.get(name, {}))
@@ -187,12 +186,13 @@ def _in_turn(pieces: Mapping[str, Sequence[Piece]], most: int) -> list[Piece]:
     return [piece for turn in rounds for piece in turn if piece is not None][:most]
 
 
-def _scenes(reader: Reader, subject: Surveyed, layered: LayeredModel | None, pieces: Sequence[Piece]) -> list[Scene]:
+def _scenes(reader: Reader, subject: Surveyed, pieces: Sequence[Piece]) -> list[Scene]:
     tokenizer = subject.tokenizer
     if tokenizer is None:
         return []
-    readout = None if layered is None else layered_readout(layered)
-    return [scene(trajectory, readout, tokenizer) for piece in pieces for trajectory in reader.read([piece])]
+    head = None if subject.iterates and reader.layers.loop is None else subject.head()
+    readout, loop = None if head is None else head.readout, reader.layers.loop
+    return [scene(trajectory, readout, tokenizer, loop=loop) for piece in pieces for trajectory in reader.read([piece])]
 
 
 # --- what goes into the artefact beside numbers ---
@@ -200,19 +200,20 @@ def _scenes(reader: Reader, subject: Surveyed, layered: LayeredModel | None, pie
 
 def _describe(subject: Surveyed, layers: WatchedLayers) -> Subject:
     model = subject.model
-    config = model.config.get_text_config()
     unembedding = model.get_output_embeddings()
     return Subject(
         model=subject.name,
         fingerprint=fingerprint(model, subject.tokenizer),
         family=model.config.model_type,
         part=layers.path,
-        layers=len(layers.layers),
-        hidden=int(getattr(config, "hidden_size", 0)),
+        layers=layers.length,
+        hidden=subject.hidden_size,
         vocabulary=0 if unembedding is None else int(unembedding.weight.shape[0]),
         parameters=sum(own.numel() for own in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         untrained=subject.untrained,
+        depths=layers.depths,
+        loop=layers.loop,
     )
 
 

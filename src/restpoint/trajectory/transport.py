@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from restpoint.errors import RestpointError
@@ -103,11 +103,12 @@ class Transport(Measure):
         states = states[:, evenly_spaced(states.shape[1], self.tokens).to(states.device)].double()
         if not bool(states.isfinite().all()):
             raise RestpointError(f"states: those of text {trajectory.index} are not all finite; leave the text out")
-        pointed = states[:, (states != 0).any(-1).all(0)]
+        pointing = (states != 0).any(-1)
+        pointed = states[:, pointing[pointing.any(-1)].all(0)]
         if pointed.shape[1] < 2:
             return
         self._add("texts", torch.ones((), dtype=torch.int64))
-        for kind, clouds in (("raw", states), ("unit", directions(pointed))):
+        for kind, clouds in (("raw", states), ("unit", _units(pointed))):
             final = clouds[-1]
             spread = (final - final.mean(0)).square().sum(-1).mean().sqrt()
             for distance, (to_final, between) in self._distances(kind, clouds, spread).items():
@@ -165,6 +166,14 @@ class Transport(Measure):
                 if name.endswith("to_final.relative"):
                     found[name.replace("to_final.relative", "flat_from")] = _flat_from(mean)
         return found
+
+
+def _units(states: Float[Tensor, "depth tokens dim"]) -> Float[Tensor, "depth tokens dim"]:
+    """Directions; a cloud of zeros alone, which a loop may begin with, stays where it is."""
+    there = (states != 0).any(-1).any(-1)
+    units = torch.zeros_like(states)
+    units[there] = directions(states[there])
+    return units
 
 
 def _gaussian(clouds: Tensor) -> tuple[Tensor, Tensor]:
