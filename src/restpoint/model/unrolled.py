@@ -81,7 +81,7 @@ class UnrolledStack(LayerStack):
 
 
 class UnrolledModel(LayeredModel):
-    """e = prelude(x); s_k = core(adapter[s_{k-1}, e]), k = 1..r: a stack of l_P + r l_R + l_C layers with shared weights.
+    """e = prelude(x); s_k = core(adapter[s_{k-1}, e]), k = 1..r: l_P + r l_R + l_C layers, some of whose weights are shared.
 
     At a fixed r that is what the model is, so all that is done with layers holds of it: a token's step k sees the keys
     that earlier tokens wrote at their step k, which are those of one of these layers. Drafts, trees, batches and
@@ -274,6 +274,15 @@ class SolvedModel(UnrolledModel):
         hidden = torch.zeros(1, 5, self.hidden_size, dtype=self.dtype, device=self.device)
         norm = self.stack.inner.norm
         return Head(self.stack, hidden, [norm], self.stack.injected_logits(hidden), self.stack.injected_logits(hidden))
+
+
+def stack_of(model: PreTrainedModel) -> LayerStack:
+    """The layers of a causal LM in the order in which a token runs them; those of a solved core once."""
+    if isinstance(model, DeepEquilibriumForCausalLM):
+        return UnrolledStack(model, 1)
+    if isinstance(model, RecurrentDepthForCausalLM):
+        return UnrolledStack(model, model.config.mean_recurrence)
+    return LayerStack(model)
 
 
 def layered_model(model: PreTrainedModel) -> LayeredModel:
