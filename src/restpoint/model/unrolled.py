@@ -81,7 +81,7 @@ class UnrolledStack(LayerStack):
 
 
 class UnrolledModel(LayeredModel):
-    """e = prelude(x); s_k = core(adapter[s_{k-1}, e]), k = 1..r: l_P + r l_R + l_C layers, some of whose weights are shared.
+    """e = prelude(x); s_k = core(adapter[s_{k-1}, e]), k = 1..r: l_P + r l_R + l_C layers that share weights.
 
     At a fixed r that is what the model is, so all that is done with layers holds of it: a token's step k sees the keys
     that earlier tokens wrote at their step k, which are those of one of these layers. Drafts, trees, batches and
