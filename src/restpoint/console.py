@@ -134,7 +134,7 @@ def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
     from restpoint.generation import Statistics
 
     seen = Statistics.of(rounds)
-    depth = decoder.layered.depth
+    of_all = "" if decoder.layered.refusal else f"of {decoder.layered.depth} "  # a solver runs as many as it needs
     lengths = Counter(len(turn.tokens) for turn in rounds[1:])
     chosen = "plain"
     if decoder.exits is not None:
@@ -144,7 +144,7 @@ def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
     lines = [
         f"{seen.new_tokens} new tokens in {seen.passes} passes after the prompt's ({chosen}); "
         f"ended by {rounds[-1].finished}",
-        f"{seen.tokens_per_pass:.2f} tokens a pass, {seen.layers_per_token:.1f} of {depth} layers a token",
+        f"{seen.tokens_per_pass:.2f} tokens a pass, {seen.layers_per_token:.1f} {of_all}layers a token",
         f"{seen.drafted} tokens drafted, {seen.accepted} accepted"
         + (f" ({seen.accepted / seen.drafted:.0%})" if seen.drafted else ""),
         f"prefill {seen.prefill_seconds:.3f} s, drafting {seen.draft_seconds:.3f} s, passes "

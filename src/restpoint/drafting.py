@@ -11,6 +11,7 @@ from restpoint.decode.draft import Drafter, InstantDrafter, SteppedDrafter
 from restpoint.decode.drafters.datastore import Datastore
 from restpoint.decode.drafters.dynamic_exit import DynamicExitDrafter
 from restpoint.decode.drafters.exit import DraftHead, ExitDrafter
+from restpoint.decode.drafters.few_steps import FewStepsDrafter, default_steps
 from restpoint.decode.drafters.heads import HeadsDrafter
 from restpoint.decode.drafters.layer_skip import LayerSkipDrafter
 from restpoint.decode.drafters.retrieval import RetrievalDrafter
@@ -27,6 +28,7 @@ from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError
 from restpoint.model.check import Capabilities
 from restpoint.model.layered import LayeredModel
+from restpoint.model.unrolled import UnrolledModel
 from restpoint.profile import Profile
 
 PREDICTOR = "predictor"
@@ -34,6 +36,9 @@ PREDICTOR = "predictor"
 
 HEADS = "heads"
 """Stands for the profile's multi-token heads."""
+
+STEPS = "steps"
+"""Stands for a few steps of a model that iterates a block; ``steps@K`` for K of them."""
 
 DYNAMIC_EXIT = "dynamic-exit"
 """Stands for all the profile's predictors, the one that drafts being chosen anew in every round."""
@@ -50,8 +55,8 @@ class Drafting:
         capabilities: what it can do.
         profile: what was fitted for it; None where only drafters are named that need none.
         names: who drafts: ``predictor`` or one of the profile's predictors, ``dynamic-exit`` for the one of them that
-            suits each round, ``heads``, and names of tables (``lookup``, ``recycling``, ..). At most one of them may
-            run step by step.
+            suits each round, ``heads``, ``steps`` or ``steps@K`` where the model iterates a block, and names of tables
+            (``lookup``, ``recycling``, ..). At most one of them may run step by step.
         brought: further drafters by name, made for every text; they draft too.
         settings: limits of the tree.
         verifier: how drawn tokens are verified; token-wise if None.
@@ -144,7 +149,10 @@ class Drafting:
             table, vocabulary = TABLES[name], self.layered.vocabulary_size
             memory = table.memory(vocabulary) if self._share else None
             return lambda _target: table.make(vocabulary, memory)
-        known = [PREDICTOR, DYNAMIC_EXIT, HEADS, *TABLES, *(self.profile.predictors if self.profile else ())]
+        if isinstance(self.layered, UnrolledModel) and name.partition("@")[0] == STEPS:
+            return self._few_steps(self.layered, name)
+        own = [STEPS] if isinstance(self.layered, UnrolledModel) else []
+        known = [PREDICTOR, DYNAMIC_EXIT, HEADS, *own, *TABLES, *(self.profile.predictors if self.profile else ())]
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}? " if close else ""
@@ -162,6 +170,20 @@ class Drafting:
         head = DraftHead(self.layered, profile.vocabulary)
         predictor = own.to(self.layered.device, head.dtype)
         return lambda target: ExitDrafter(target, predictor, trees=self.trees, head=head)
+
+    def _few_steps(self, layered: UnrolledModel, name: str) -> Maker:
+        _, _, given = name.partition("@")
+        if given and not given.isdecimal():
+            raise RestpointError(f"drafters: {name!r} has no number of steps after the @; write {STEPS}@3, or {STEPS}")
+        if not self._resume.supported:
+            raise RestpointError(
+                f"drafters: {name} needs a model that can resume ({self._resume.reason}); leave it out"
+            )
+        if layered.steps == 1 and not given:
+            raise RestpointError(f"drafters: {name} drafts by fewer steps than the model's one; leave it out")
+        steps = int(given) if given else default_steps(layered)
+        FewStepsDrafter(layered, layered.cache, steps)  # refuses a wrong number now
+        return lambda target: FewStepsDrafter(layered, lambda: target.cache, steps, trees=self.trees, name=name)
 
     def _dynamic_exit(self, profile: Profile) -> Maker:
         predictors = tuple(profile.predictors.values())

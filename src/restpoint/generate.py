@@ -21,12 +21,16 @@ from restpoint.exit.policy import ExitPolicy
 from restpoint.generation import Generation, Piece, Words
 from restpoint.model.check import Capabilities, check
 from restpoint.model.compiled import CompiledModel, Progress
-from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
+from restpoint.model.unrolled import layered_model
 from restpoint.profile import Profile
 
 DRAFTERS = ("lookup", "recycling", "predictor")
 """Who drafts by a profile, unless told otherwise."""
+
+ITERATED_DRAFTERS = ("lookup", "recycling")
+"""Who drafts for a model that iterates a block, which needs no profile, unless told otherwise."""
 
 DEFAULT_VERIFIER = "traversal"
 """How drafts are verified when tokens are sampled, unless told otherwise; where trees cannot be, block."""
@@ -96,7 +100,7 @@ class Decoder:
             drafters = _alone(drafters, brought, compile)
         self.loaded = loaded
         shared = None if isinstance(compile, bool) else compile
-        self.layered = LayeredModel(loaded.model) if shared is None else shared.layered
+        self.layered = layered_model(loaded.model) if shared is None else shared.layered
         self.capabilities: Capabilities = check(self.layered)
         self.compiled = self._compile(progress) if compile is True else shared
         self.profile = profile
@@ -249,6 +253,13 @@ class Decoder:
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end a text, from the model's generation config and its tokenizer."""
         return self.loaded.end_tokens()
+
+
+def default_drafters(loaded: Loaded, profile: Profile | None) -> tuple[str, ...]:
+    """Who drafts where nobody is named: by the profile; without one nobody, but for models that iterate a block."""
+    if profile is not None:
+        return DRAFTERS
+    return ITERATED_DRAFTERS if isinstance(loaded.model, RecurrentDepthForCausalLM) else ()
 
 
 def _refuse_unknown(options: TextOptions) -> None:

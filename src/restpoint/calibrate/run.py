@@ -31,6 +31,7 @@ from restpoint.model.check import check
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.model.unrolled import layered_model
 from restpoint.profile import Profile
 
 Progress = Callable[[str, int, int], None]
@@ -105,7 +106,7 @@ def calibrate_exits(
     loss_name = options.loss if loss is None else getattr(loss, "__name__", type(loss).__name__)
     loss = loss or named_loss(options.loss)
     named("signal", options.signal, {**SIGNALS, **{kind.kind: kind for kind in FITTED}})
-    layered = LayeredModel(loaded.model)
+    layered = layered_model(loaded.model)
     capabilities = check(layered)
     for name in ("depth", "exit", "cached", "resume", "rollback", "ragged"):
         found = getattr(capabilities, name)

@@ -17,8 +17,8 @@ from restpoint.exit.radius import RestRadius
 from restpoint.exit.registry import FITTED, SIGNALS
 from restpoint.exit.sweep import Curve, fixed, oracle, sweeps
 from restpoint.exit.traces import record_traces
-from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.model.unrolled import layered_model
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,7 +103,7 @@ def sweep_exits(
     names = [named("signals", name, dict.fromkeys(every, name)) for name in options.signals] or every
     if "max-p" not in names:
         names = ["max-p", *names]
-    layered = LayeredModel(loaded.model)
+    layered = layered_model(loaded.model)
     layers = candidate_layers(layered.depth, options)
     passages = deal(texts, loaded.tokenizer, options, tune=_TUNED, judge=options.sequences)
     output = Path(output)

@@ -30,7 +30,8 @@ class DraftFlags:
 
     drafters: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="")] = ()
     """lookup, recycling, ngrams, lookahead; with a profile also predictor, heads, dynamic-exit, or one of its
-    predictors. Left out: lookup, recycling and predictor where there is a profile, else nobody."""
+    predictors; for a model that iterates a block also steps, or steps@K for K of them. Left out: lookup, recycling and
+    predictor where there is a profile; lookup and recycling for a model that iterates a block; else nobody."""
     draft_model: Name = None
     """Draft by this smaller model too, instead of a predictor: a folder or Hub name."""
     reencode: Flag = False
@@ -49,17 +50,19 @@ class DraftFlags:
     """Exit early as the profile is calibrated to, instead of drafting: the text may differ, as rarely as the
     certificate says (see `restpoint calibrate`)."""
 
-    def decoder(self, loaded: "Loaded", profile: "Profile | None", loading: LoadFlags) -> "Decoder":
-        """The model with those who draft for it."""
+    def decoder(
+        self, loaded: "Loaded", profile: "Profile | None", loading: LoadFlags, plain: bool = False
+    ) -> "Decoder":
+        """The model with those who draft for it; nobody by default if ``plain``."""
         from restpoint.decode.drafters.datastore import Datastore, tokenizer_hash
         from restpoint.decode.drafters.draft_model import draft_by_model
         from restpoint.decode.drafters.skips import SkipSet
         from restpoint.drafting import PREDICTOR, retrieve_from, skip_layers
-        from restpoint.generate import DEFAULT_VERIFIER, DRAFTERS, Decoder
+        from restpoint.generate import DEFAULT_VERIFIER, Decoder, default_drafters
 
         if self.exit:
             return Decoder(loaded, profile, self.drafters, compile=self.compile, exits=True)
-        names = self.drafters or (DRAFTERS if profile is not None else ())
+        names = self.drafters or (() if plain else default_drafters(loaded, profile))
         brought = {}
         if self.draft_model is not None and self.skip_layers:
             raise RestpointError("--draft-model and --skip-layers both draft step by step: give one")
@@ -98,10 +101,10 @@ class Check:
     def run(self) -> None:
         """Load, check, show."""
         from restpoint.model.check import check
-        from restpoint.model.layered import LayeredModel
+        from restpoint.model.unrolled import layered_model
 
         loaded = self.loading.load(self.model)
-        layered = LayeredModel(loaded.model)
+        layered = layered_model(loaded.model)
         capabilities = check(layered)
         if self.json:
             print(console.capability_json(loaded, capabilities, layered.depth))
@@ -184,7 +187,7 @@ class Generate:
         words = [word for word in (self.model, self.prompt) if word != _ABSENT]
         model, prompt = model_and_prompt(words, self.prompt_file)
         profile = profile_for(model, self.profile, self.plain)
-        decoder = self.drafting.decoder(self.loading.load(model), profile, self.loading)
+        decoder = self.drafting.decoder(self.loading.load(model), profile, self.loading, self.plain)
         for note in (*decoder.notes, decoder.unfamiliar(prompt)):
             if note:
                 console.say(note)

@@ -204,10 +204,11 @@ class NativeTarget(Target):
     def _step(self, tokens: Sequence[int]) -> Scored:
         stack = self.layered.stack
         ids = torch.tensor([list(tokens)], device=self.layered.device)
-        output = stack.model(input_ids=ids, use_cache=True, **self.past)
+        output = stack.model(input_ids=ids, use_cache=True, **self.layered.forward_arguments, **self.past)
         self.past = {stack.cache_argument: getattr(output, stack.cache_argument)}
-        self.layered.work.layer_calls += self.layered.depth
-        self.layered.work.token_layers += self.layered.depth * len(tokens)
+        layers = self.layered.layers_run(output)
+        self.layered.work.layer_calls += layers
+        self.layered.work.token_layers += layers * len(tokens)
         return Scored(output.logits[0, -1:], None)
 
 

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from restpoint.evaluate.methods import Method, Run, Unsupported, synchronize
 from restpoint.model.load import Loaded
-from restpoint.model.stack import LayerStack
+from restpoint.model.unrolled import stack_of
 
 _LOOKUP_TOKENS = (3, 5, 10)
 _EXIT_DRAFTS = (5, 20)
@@ -46,7 +46,7 @@ class HuggingFace(Method):
 
     def count(self, prompt_ids: list[int], new_tokens: int, seed: int = 0) -> Run:
         """See :meth:`Method.count`."""
-        layers = LayerStack(self.model).layers
+        layers = list(dict.fromkeys(stack_of(self.model).layers))
         clock = _Clock(self.device)
         hooks = [layer.register_forward_hook(lambda *_: clock.add_layer()) for layer in layers]
         hooks.append(layers[-1].register_forward_hook(lambda *_: clock.add_pass()))
@@ -126,7 +126,7 @@ class EarlyExit(_Tuned):
     name = "huggingface early exit"
 
     def _candidates(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-        depth = len(LayerStack(self.model).layers)
+        depth = len(stack_of(self.model).layers)
         for layer in sorted({max(1, depth // 4), max(1, depth // 2)}):
             for drafts in _EXIT_DRAFTS:
                 yield (
@@ -196,7 +196,8 @@ def _unchanged(model: Any, defaults: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-        config.num_hidden_layers = depth  # early exit sets it while it drafts, and leaves it so if that crashes
+        if config.num_hidden_layers != depth:  # early exit sets it while it drafts, and leaves it so if that crashes
+            config.num_hidden_layers = depth
 
 
 @contextmanager

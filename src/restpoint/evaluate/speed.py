@@ -10,17 +10,17 @@ import torch
 
 from restpoint import bundled
 from restpoint.decode.drafters.tables import TABLES
-from restpoint.drafting import HEADS, PREDICTOR, draft_at_exit
+from restpoint.drafting import HEADS, PREDICTOR, STEPS, draft_at_exit
 from restpoint.errors import RestpointError
 from restpoint.evaluate.baselines import EarlyExit, HuggingFace, PromptLookup
 from restpoint.evaluate.conditions import conditions
 from restpoint.evaluate.methods import Method, Restpoint, Unsupported
 from restpoint.evaluate.options import BenchOptions
 from restpoint.evaluate.rows import BenchReport, Divergence, Record, rows_of
-from restpoint.generate import Decoder
+from restpoint.generate import Decoder, default_drafters
 from restpoint.model.compiled import CompiledModel
-from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.model.unrolled import layered_model
 from restpoint.profile import Profile
 
 __all__ = ["COMPILED", "COMPILED_PLAIN", "PLAIN", "RESTPOINT", "BenchOptions", "BenchReport", "bench"]
@@ -83,7 +83,7 @@ def bench(
     ]
     notes = list(plain.notes)
     missing: list[Record] = []
-    if profile is None:
+    if profile is None and not default_drafters(loaded, None):
         reason = "not run: no profile given; make one with `restpoint fit` and give --profile"
         missing.append(Record(RESTPOINT, status=reason))
     for name, decoder, draft_tokens in _contestants(loaded, profile, options, report):
@@ -121,26 +121,26 @@ def _contestants(
     """Our own ways to decode beside plain: name, decoder, and how many tokens it drafts if that is fixed."""
     compiled = None
     if options.compile:
-        compiled = CompiledModel(LayeredModel(loaded.model), progress=report)
+        compiled = CompiledModel(layered_model(loaded.model), progress=report)
         compiled.warm_up()
         yield COMPILED_PLAIN, Decoder(loaded, compile=compiled), None
-    if profile is None:
+    if not (names := default_drafters(loaded, profile)):
         return
-    drafting = Decoder(loaded, profile, verifier=options.verifier)
+    drafting = Decoder(loaded, profile, names, verifier=options.verifier)
     yield RESTPOINT, drafting, None
     if compiled is not None:
         yield COMPILED, Decoder(loaded, profile, verifier=options.verifier, compile=compiled), None
     if drafting.drafting is None:
         return
-    if options.exits and (exits := profile.exits) is not None:
+    if options.exits and profile is not None and (exits := profile.exits) is not None:
         yield EXITS, Decoder(loaded, profile, exits=True), None
         if exits.predictors:
             first = exits.predictors[min(exits.predictors)]
             yield EXITS_VERIFIED, Decoder(loaded, profile, (), brought={first.name: draft_at_exit(first)}), None
     if options.alone:
-        yield f"{RESTPOINT} warm", Decoder(loaded, profile, verifier=options.verifier, share=True), None
-        heads = (HEADS,) if profile.heads is not None else ()
-        for name in (*TABLES, *heads, PREDICTOR):
+        yield f"{RESTPOINT} warm", Decoder(loaded, profile, names, verifier=options.verifier, share=True), None
+        heads = (HEADS,) if profile is not None and profile.heads is not None else ()
+        for name in (*TABLES, *heads, STEPS if profile is None else PREDICTOR):
             yield f"{name} alone", Decoder(loaded, profile, (name,), verifier=options.verifier), None
             if name in TABLES and TABLES[name].memory(1) is not None:
                 warm = Decoder(loaded, profile, (name,), verifier=options.verifier, share=True)

@@ -20,8 +20,8 @@ from restpoint.fit.options import FitOptions
 from restpoint.fit.recording import Progress, Recording, record
 from restpoint.model.check import check
 from restpoint.model.fingerprint import fingerprint
-from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.model.unrolled import layered_model
 from restpoint.profile import Calibrations, Measured, Profile
 
 _ALIKE = 0.97
@@ -71,7 +71,7 @@ def fit_profile(
     """
     options = options or FitOptions()
     report = progress or (lambda _stage, _done, _total: None)
-    layered = LayeredModel(loaded.model)
+    layered = layered_model(loaded.model)
     capabilities = check(layered)
     if not capabilities.drafts:
         reason = "; ".join(f"{name}: {why}" for name, why in capabilities.refused().items())

@@ -36,6 +36,7 @@ from restpoint.huggingface.emitting import Run, emit, outputs
 from restpoint.model.check import Capabilities, check
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded, context_length
+from restpoint.model.unrolled import layered_model
 from restpoint.profile import Profile
 
 
@@ -198,7 +199,7 @@ class CustomGenerate:
             return known
         if self.profile is not None:
             self.profile.require(Loaded(name_of(model), model, self._tokenizer(model)))
-        layered = LayeredModel(model)
+        layered = layered_model(model)
         capabilities = check(layered)
         drafting, notes = drafting_for(
             layered, capabilities, self.profile, self.drafters, self.brought, self.tree, self.verifier, self.share

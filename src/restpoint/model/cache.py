@@ -77,6 +77,20 @@ class SlotLayer(CacheLayerMixin):
             keys[rows[:, None], :, slots] = key_states.transpose(1, 2)
             values[rows[:, None], :, slots] = value_states.transpose(1, 2)
 
+    def written(self) -> tuple[Tensor, Tensor]:
+        """Keys and values in the slots of the current address, as they were last written."""
+        keys, values = self.stored
+        address = self.owner.address
+        if address.start is not None:
+            count = address.length - address.start
+            return keys.narrow(2, address.start, count), values.narrow(2, address.start, count)
+        slots = address.slots
+        assert slots is not None
+        slots = slots.to(keys.device)
+        rows = torch.arange(slots.shape[0]) if address.rows is None else address.rows
+        rows = rows.to(keys.device)[:, None]
+        return keys[rows, :, slots].transpose(1, 2), values[rows, :, slots].transpose(1, 2)
+
     @property
     def stored(self) -> tuple[Tensor, Tensor]:
         """Keys and values over the whole capacity."""

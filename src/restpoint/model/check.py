@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ class _Calibration:
         def note(_module: Any, _args: Any, output: Any) -> None:
             self.states.append(output[0] if isinstance(output, tuple) else output)
 
-        hooks = [layer.register_forward_hook(note) for layer in self.layered.stack.layers]
+        hooks = [layer.register_forward_hook(note) for layer in dict.fromkeys(self.layered.stack.layers)]
         try:
             yield
         finally:
@@ -141,17 +142,17 @@ class _Calibration:
 
     def native(self, ids: Tensor) -> Tensor:
         """The model's own logits of a sequence."""
-        return self.layered.model(input_ids=ids, use_cache=False).logits
+        return self.layered.model(input_ids=ids, use_cache=False, **self.layered.forward_arguments).logits
 
     def _native_noise(self) -> float:
         """How far the model's own cached pass is from its uncached one."""
         name = self.layered.stack.cache_argument
-        model = self.layered.model
-        first = model(input_ids=self.ids[:, :_PROMPT], use_cache=True)
+        model = partial(self.layered.model, use_cache=True, **self.layered.forward_arguments)
+        first = model(input_ids=self.ids[:, :_PROMPT])
         noise = 0.0
         cache = getattr(first, name)
         for index in range(_PROMPT, _LENGTH):
-            step = model(input_ids=self.ids[:, index : index + 1], use_cache=True, **{name: cache})
+            step = model(input_ids=self.ids[:, index : index + 1], **{name: cache})
             cache = getattr(step, name)
             noise = max(noise, _difference(step.logits[:, 0], self.logits[:, index]))
         return noise
@@ -159,6 +160,8 @@ class _Calibration:
 
 def _judge(calibration: _Calibration, name: str, run: Callable[[_Calibration], float]) -> Capability:
     tolerance = calibration.tolerance
+    if calibration.layered.refusal:
+        return Capability(False, None, tolerance, calibration.layered.refusal)
     if name in ("tree", "ragged") and (reason := _masks_itself(calibration.layered)):
         return Capability(False, None, tolerance, reason)
     try:
@@ -204,27 +207,9 @@ def _exit(calibration: _Calibration) -> float:
 
 def _skip(calibration: _Calibration) -> float:
     layered = calibration.layered
-    skip = set(range(layered.depth // 2, layered.depth // 2 + max(1, layered.depth // 4)))
-    with _identity_layers(layered, skip):
-        expected = calibration.native(calibration.ids)
+    skip, expected = layered.without_some(calibration.ids)
     hidden = layered.run(layered.plan(calibration.ids), skip=skip)
     return _difference(layered.logits(hidden), expected)
-
-
-@contextmanager
-def _identity_layers(layered: LayeredModel, indices: set[int]) -> Iterator[None]:
-    """Let the model's own forward pass some layers' inputs through."""
-
-    def pass_through(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs[layered.stack.argument_names[0]]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    hooks = [layered.stack.layers[i].register_forward_hook(pass_through, with_kwargs=True) for i in indices]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _cached(calibration: _Calibration) -> float:

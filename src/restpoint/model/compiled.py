@@ -18,6 +18,7 @@ from restpoint.model.masks import Tree
 from restpoint.model.narrow import NarrowProducts
 from restpoint.model.passes import Pass, block_shape, storage
 from restpoint.model.tables import Tables
+from restpoint.model.unrolled import UnrolledModel
 
 WIDTHS = (2, 4, 8, 16)
 """One token runs as two, at no cost that could be measured: for one row alone, compilers choose other sums."""
@@ -261,6 +262,8 @@ def _check_compilable(layered: LayeredModel) -> None:
         raise RestpointError(f"compile: on a CPU in {layered.dtype}: load with dtype='float32' or 'bfloat16'")
     if layered.device.type not in ("cpu", "cuda"):
         raise RestpointError(f"compile: not on device {layered.device.type!r}: use cpu or cuda, or leave compile out")
+    if isinstance(layered, UnrolledModel):
+        raise RestpointError(f"compile: {name} cannot be compiled, because it iterates its layers: leave compile out")
     if not layered.head.direct:
         raise RestpointError(
             f"compile: {name} cannot be compiled, because its head was not recognised: leave compile out"

@@ -63,21 +63,29 @@ class LayeredModel:
     Args:
         model: a causal LM from ``transformers``, in evaluation mode. It is not changed.
 
+    Attributes:
+        work: layers run.
+        forward_arguments: what else the model's own forward is given.
+        refusal: why the model can only be decoded by its own forward, where that is known beforehand; else empty.
+
     Raises:
         RestpointError: no layer list is found, or its logits are not finite, or its masks follow no known rule.
     """
+
+    refusal: str = ""
 
     def __init__(self, model: PreTrainedModel):
         if model.training:
             raise RestpointError("model: it is in training mode, so dropout would make results random; call eval()")
         self.model = model
-        self.stack = LayerStack(model)
+        self.stack = self._take_apart(model)
         self.depth = len(self.stack.layers)
         self.config = model.config.get_text_config(decoder=True)
         self.embedding = cast(nn.Embedding, model.get_input_embeddings())
         self.device: torch.device = self.embedding.weight.device
         self.dtype: torch.dtype = model.dtype
         self.work = Work()
+        self.forward_arguments: dict[str, Any] = {}
         unembedding = model.get_output_embeddings()
         if unembedding is None:
             raise RestpointError(f"model: {type(model).__name__} has no output embeddings; pass a causal LM")
@@ -228,6 +236,30 @@ class LayeredModel:
             return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
         positions = start + torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return self.stack.prelude(ids, positions, None, None).hidden
+
+    @torch.no_grad()
+    def without_some(self, ids: Int[Tensor, "batch seq"]) -> tuple[frozenset[int], Float[Tensor, "batch seq vocab"]]:
+        """Some layers, and logits by the model's own forward in which these pass their inputs through."""
+        skip = frozenset(range(self.depth // 2, self.depth // 2 + max(1, self.depth // 4)))
+
+        def pass_through(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = args[0] if args else kwargs[self.stack.argument_names[0]]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        hooks = [self.stack.layers[index].register_forward_hook(pass_through, with_kwargs=True) for index in skip]
+        try:
+            return skip, self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def layers_run(self, output: Any) -> int:
+        """Layers that a pass of the model itself has run, by its output."""
+        return self.depth
+
+    def _take_apart(self, model: PreTrainedModel) -> LayerStack:
+        """Where its layers are."""
+        return LayerStack(model)
 
     def _plan_ahead(
         self, ids: Tensor, cache: SlotCache, layout: Layout, positions: Sequence[int], rows: Sequence[int] | None

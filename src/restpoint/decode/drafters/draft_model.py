@@ -15,6 +15,7 @@ from restpoint.errors import RestpointError
 from restpoint.model.check import check
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.model.unrolled import layered_model
 
 
 class ModelDrafter(SteppedDrafter):
@@ -88,7 +89,7 @@ def draft_by_model(
             f"draft model {draft.name!r} has another vocabulary than {target.name!r} ({_difference(draft, target)}): "
             "give a draft model with the target's tokenizer, or reencode=True, which translates its drafts as text"
         )
-    layered = LayeredModel(draft.model)
+    layered = layered_model(draft.model)
     found = check(layered)
     if not found.drafts:
         reason = "; ".join(found.refused().values())

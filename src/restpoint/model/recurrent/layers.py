@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
@@ -16,17 +17,24 @@ _SEEDS = 2**32
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
-    """What every layer is given beside the states.
+class LayerPass:
+    """What a layer is given beside the states.
 
     Attributes:
         rotary: cosines and sines of the tokens' positions, each (batch or 1, seq, head size).
         mask: which slots each query sees, (batch, 1, seq, slots); None where that is all, or all up to itself.
-        cache: where keys and values go, if anywhere.
+        cache: where keys and values go, if anywhere: of the model, or of this layer.
     """
 
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | None
+    cache: Cache | CacheLayerMixin | None
+
+
+@dataclass(frozen=True, eq=False)
+class Pass(LayerPass):
+    """What every layer of a pass is given beside the states; see `LayerPass`."""
+
     cache: RecurrentCache | None
 
     def of(self, chosen: Chosen | None) -> "Pass":
@@ -75,7 +83,7 @@ class SandwichLayer(GradientCheckpointingLayer):
             Norm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(4)
         )
 
-    def forward(self, hidden_states: Float[Tensor, "batch seq hidden"], passing: Pass) -> Tensor:
+    def forward(self, hidden_states: Float[Tensor, "batch seq hidden"], passing: LayerPass) -> Tensor:
         attended, _ = self.self_attn(
             self.norm_1(hidden_states),
             position_embeddings=passing.rotary,
