@@ -30,8 +30,8 @@ class Material:
     """
 
     judge: Int[Tensor, "texts length"]
-    fit: Sequence[Int[Tensor, "batch window"]]
-    held_out: Sequence[Int[Tensor, "batch window"]]
+    fit: Sequence[Int[Tensor, "_ _"]]
+    held_out: Sequence[Int[Tensor, "_ _"]]
 
 
 def material(texts: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase, options: LoopOptions) -> Material:

@@ -142,9 +142,9 @@ def sweep_loop(
     starts = None
     if not options.no_starts:
         starts, compared = _starts(model, given, ids, full, count, options, report)
-        for row in starts.matched:
-            if row.setting is not None:
-                plans[f"start: {row.name}"] = (row.setting, RelativeStep(threshold=row.setting), compared[row.name])
+        for row in _timed_starts(starts, compared):
+            assert row.setting is not None
+            plans[f"start: {row.name}"] = (row.setting, RelativeStep(threshold=row.setting), compared[row.name])
     timed = time_decoding(model, ids[: options.speed_prompts], count, plans, report) if options.speed_prompts else []
     return LoopReport(
         model=loaded.name,
@@ -240,6 +240,19 @@ def _starts(
     lowest = watched(model, ids, count, RelativeStep())
     found = compare_starts(model, ids, full, lowest, compared, count, options.increase, options.tolerance, report)
     return found, compared
+
+
+def _timed_starts(starts: WarmReport, compared: Mapping[str, Way]) -> list[Matched]:
+    """The ways with the fewest steps, one that iterates plainly and one that extrapolates."""
+    found = []
+    for solves in (False, True):
+        rows = [
+            row
+            for row in starts.matched
+            if row.setting is not None and row.name != NOISE and (compared[row.name].solver is not None) == solves
+        ]
+        found += sorted(rows, key=lambda row: row.steps.value)[:1]
+    return found
 
 
 def _points(curves: Mapping[str, LoopCurve]) -> dict[str, Any]:

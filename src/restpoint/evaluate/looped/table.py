@@ -50,7 +50,7 @@ def loop_table(found: LoopReport) -> RenderableType:
             )
         parts.append(table)
     about = (
-        f"{found.model}, {found.steps} steps at most; {found.texts} texts of {found.text_tokens} tokens that are given; "
+        f"{found.model}, {found.steps} steps at most; {found.texts} texts of {found.text_tokens} given tokens; "
         f"perplexity {found.perplexity:.3f} at the full count. Intervals are over texts, differences in pairs."
     )
     return Group(*parts, Text(about, style="dim"))

@@ -93,8 +93,8 @@ class PredictedStart(Start):
 
 def fit_start(
     model: nn.Module,
-    texts: Sequence[Int[Tensor, "batch seq"]],
-    held_out: Sequence[Int[Tensor, "batch seq"]],
+    texts: Sequence[Int[Tensor, "_ _"]],
+    held_out: Sequence[Int[Tensor, "_ _"]],
     num_steps: int | None = None,
     settings: FitSettings | None = None,
     progress: Callable[[FitProgress], None] | None = None,
