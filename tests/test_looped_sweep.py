@@ -167,7 +167,7 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_the_verb_sweeps_a_loop(folder, tmp_path, capsys):
-    settings = "--texts 3 --text-tokens 8 --points 2 --start-tokens 5000 --speed-prompts 1".split()
+    settings = ["--texts", "3", "--text-tokens", "8", "--points", "2", "--start-tokens", "5000", "--speed-prompts", "1"]
     criteria = ["--criteria", "acceleration", "transport", "argmax-stability"]
     assert main(["sweep", str(folder), "-o", str(tmp_path / "out"), *settings, *criteria]) == 0
     printed = capsys.readouterr().out

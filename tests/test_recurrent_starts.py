@@ -49,8 +49,6 @@ def test_tokens_begin_where_the_start_says(kind, exits):
         elif last is not None and kind == "previous":
             first = last
         elif last is not None:
-            probe = model.model(part, past_key_values=None, output_states=True, use_cache=False)
-            assert probe.injected.shape == entering.shape
             injected = injected_of(model, ids)[:, len(expected) : len(expected) + 1]
             first = torch.cat((injected, last), -1) @ affine.matrix + affine.offset
         output = model(part, past_key_values=cache, initial_state=first, exits=exits, output_states=True)
@@ -147,14 +145,14 @@ def test_a_fitted_start_is_the_least_squares_solution():
 
 @torch.no_grad()
 def test_extrapolation_comes_to_where_plain_iteration_comes_in_fewer_steps():
-    model, ids = recurrent(gain=0.6), tokens(2, 7)
+    model, ids = recurrent(gain=0.2), tokens(2, 4)
     exits = RelativeStep(threshold=1e-9)
-    logits, steps = one_by_one(model, ids, None, budget=1, solver=Anderson(), exits=exits, num_steps=400)
-    _, plain = one_by_one(model, ids, None, budget=1, exits=exits, num_steps=400)
-    assert int(steps.max()) < 400
+    logits, steps = one_by_one(model, ids, None, budget=1, solver=Anderson(), exits=exits, num_steps=150)
+    _, plain = one_by_one(model, ids, None, budget=1, exits=exits, num_steps=150)
+    assert int(steps.max()) < 150
     assert float(steps.double().mean()) < 0.8 * float(plain.double().mean())
     for row in range(2):
-        slow = Slow(model, 400, lambda s, _: float((s[-1] - s[-2]).norm() / s[-1].norm()) < 1e-10, budget=1)
+        slow = Slow(model, 150, lambda s, _: float((s[-1] - s[-2]).norm() / s[-1].norm()) < 1e-10, budget=1)
         torch.testing.assert_close(logits[row], slow.run(ids[row])[0], rtol=1e-4, atol=1e-4)
 
 

@@ -70,13 +70,15 @@ def spread(lowest: Float[Tensor, "steps rows"], means: Sequence[float]) -> list[
     A token goes on after step k as long as ``lowest`` there is not below the threshold, so the mean number of steps is
     1 + (r - 1) P(lowest >= threshold) over all tokens and steps: thresholds are quantiles of ``lowest``.
     """
-    ordered = lowest.flatten().sort().values
-    finite = int(ordered.isfinite().sum())
+    ordered = lowest.flatten().double().sort().values
+    ordered = ordered[ordered.isfinite()]
     found = []
     for mean in means:
-        below = round(len(ordered) - (mean - 1) / len(lowest) * len(ordered))
-        place = min(max(below, 0), finite - 1)
-        found.append(float(ordered[place] if below < finite else ordered[place] * (1 + 1e-4) + 1e-9))
+        below = min(max(round(lowest.numel() * (1 - (mean - 1) / len(lowest))), 0), len(ordered))
+        # Halfway between two values: at either, rounding would decide.
+        low = ordered[below - 1] if below else torch.zeros_like(ordered[0])
+        high = ordered[below] if below < len(ordered) else 2 * ordered[-1] + 1e-9
+        found.append(float((low + high) / 2))
     return found
 
 
