@@ -18,7 +18,7 @@ from restpoint.evaluate.looped.material import Material, material
 from restpoint.evaluate.looped.options import LoopOptions
 from restpoint.evaluate.looped.passes import Passed, whole
 from restpoint.evaluate.looped.speed import Timed, time_decoding
-from restpoint.evaluate.looped.warm import WarmReport, Way, compare_starts, ways
+from restpoint.evaluate.looped.warm import NOISE, WarmReport, Way, compare_starts, ways
 from restpoint.exit.names import named
 from restpoint.model.load import Loaded
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
