@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import ot
 import pytest
 import torch
 
@@ -16,9 +17,11 @@ from restpoint.equilibrium.exits import (
     RelativeStep,
     StepNorm,
 )
+from restpoint.equilibrium.transport_exit import TransportStep
 from restpoint.errors import RestpointError
 
 STEPS, ROWS, HIDDEN, VOCABULARY = 24, 40, 6, 9
+PLACES = torch.randn(VOCABULARY, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
 def iterates():
@@ -57,6 +60,13 @@ def expected_stop(quantity, threshold, hits, first):
     return stops
 
 
+def carried(p, q, support):
+    """The cost of carrying p's largest entries into q's, both scaled to sum to one, by POT's exact programme."""
+    some, other = (np.argsort(-law)[:support] for law in (p, q))
+    cost = np.linalg.norm(PLACES.numpy()[some][:, None] - PLACES.numpy()[other][None], axis=-1)
+    return ot.emd2(p[some] / p[some].sum(), q[other] / q[other].sum(), cost)
+
+
 def quantities():
     states, logits = iterates()
     none = np.full((1, ROWS), math.nan)
@@ -68,6 +78,15 @@ def quantities():
     law = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     entropy = -(law * np.log(law)).sum(-1)
     change = np.concatenate((none, none, np.abs(np.diff(entropy, axis=0))[1:]))
+    transport, cut = (
+        np.array(
+            [
+                [math.nan if step < 2 else carried(law[step - 1, row], law[step, row], support) for row in range(ROWS)]
+                for step in range(STEPS + 1)
+            ]
+        )
+        for support in (VOCABULARY, 3)
+    )
     divergence = np.concatenate((none, none, (law[1:-1] * np.log(law[1:-1] / law[2:])).sum(-1)))
     return {
         StepNorm(threshold=0.1): (step, 0.1, 1, 1),
@@ -78,6 +97,8 @@ def quantities():
         Cosine(): (cosine, 1e-3, 1, 1),
         EntropyDifference(threshold=0.01): (change, 0.01, 1, 2),
         Divergence(): (divergence, 1e-3, 1, 2),
+        TransportStep(threshold=0.05, embeddings=PLACES, support=VOCABULARY): (transport, 0.05, 1, 2),
+        TransportStep(threshold=0.05, embeddings=PLACES, support=3, hits=2): (cut, 0.05, 2, 2),
     }
 
 
@@ -139,6 +160,8 @@ def test_thresholds_that_are_refused(threshold):
         StepNorm(threshold=threshold)
     with pytest.raises(RestpointError, match="hits is 0"):
         ArgmaxStability(hits=0)
+    with pytest.raises(RestpointError, match="support is 0"):
+        TransportStep(threshold=1.0, embeddings=PLACES, support=0)
 
 
 def test_a_threshold_of_zero_never_stops():

@@ -1,8 +1,8 @@
 """Verbs of bounded-error early exit: what it could save, and a certificate of what it may cost."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
@@ -12,7 +12,11 @@ from restpoint.calibrate.options import CalibrateOptions, SweepOptions
 from restpoint.cli.loading import LoadFlags, Model, Texts, profile_for
 from restpoint.corpus import REFERENCE, read_texts
 from restpoint.errors import RestpointError
+from restpoint.evaluate.looped.options import LoopOptions
 from restpoint.flags import Flag, Folder
+
+if TYPE_CHECKING:
+    from restpoint.model.load import Loaded
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,14 @@ class Sweep:
     The model continues some of the text at full depth, once; every signal at every threshold is told from that. Writes
     sweep.png, sweep.json and the traces.
 
+    On a model that iterates a block, tokens leave the loop: exit criteria are held against the full number of steps on
+    text that is given, with the perplexity that they cost, then timed; so are ways to begin the loop. Writes sweep.png
+    and sweep.json.
+
     For example:
       restpoint sweep -o sweep/
       restpoint sweep MODEL --text corpus.jsonl --signals max-p gate kl --layers 8 12 16 20 -o sweep/
+      restpoint sweep RECURRENT_MODEL --criteria acceleration step-norm kl -o sweep/
     """
 
     model: Model = REFERENCE
@@ -88,12 +97,17 @@ class Sweep:
     json: Flag = False
     """Print JSON instead of a table."""
     sweeping: SweepOptions = field(default_factory=SweepOptions)
+    looping: LoopOptions = field(default_factory=LoopOptions)
     loading: LoadFlags = field(default_factory=LoadFlags)
 
     def run(self) -> None:
         """Read, load, record, draw, show."""
-        texts = read_texts(self.text) if self.text else fit_texts()
         loaded = self.loading.load(self.model)
+        if loaded.model.config.model_type == "restpoint_recurrent":
+            _refuse_changed(self.sweeping, "for models that do not iterate a block")
+            return self._run_loop(loaded)
+        _refuse_changed(self.looping, "for models that iterate a block")
+        texts = read_texts(self.text) if self.text else fit_texts()
         from restpoint.calibrate.sweeping import sweep_exits
         from restpoint.evaluate.exit_chart import draw
 
@@ -106,3 +120,28 @@ class Sweep:
         else:
             console.show(console.sweep_table(found))
             console.say(f"the picture is {self.output / 'sweep.png'}")
+
+    def _run_loop(self, loaded: "Loaded") -> None:
+        from restpoint.evaluate.looped.chart import draw
+        from restpoint.evaluate.looped.run import sweep_loop
+        from restpoint.evaluate.looped.table import loop_table
+
+        with console.progress_bars() as progress:
+            found = sweep_loop(loaded, read_texts(self.text) if self.text else None, self.looping, progress)
+        self.output.mkdir(parents=True, exist_ok=True)
+        draw(found, self.output / "sweep.png")
+        found.write(self.output / "sweep.json")
+        if self.json:
+            print((self.output / "sweep.json").read_text())
+        else:
+            console.show(loop_table(found))
+            console.say(f"the picture is {self.output / 'sweep.png'}")
+
+
+def _refuse_changed(options: SweepOptions | LoopOptions, whose: str) -> None:
+    """Refuse options that were given and do not apply, by name."""
+    plain = type(options)()
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if value != getattr(plain, one.name):
+            raise RestpointError(f"{one.name} is {value}; it is {whose}: leave it out here")

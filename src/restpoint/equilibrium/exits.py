@@ -76,7 +76,7 @@ class ExitCriterion(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Below(ExitCriterion):
+class Below(ExitCriterion):
     """A quantity falls below a threshold.
 
     Raises:
@@ -102,7 +102,7 @@ class _Below(ExitCriterion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepNorm(_Below):
+class StepNorm(Below):
     """‖s_k - s_{k-1}‖ < threshold, in the units of the state."""
 
     def measure(self, memory: Memory, iterate: Iterate) -> Float[Tensor, " rows"]:
@@ -110,7 +110,7 @@ class StepNorm(_Below):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelativeStep(_Below):
+class RelativeStep(Below):
     """‖s_k - s_{k-1}‖ / ‖s_k‖ < threshold, without a unit."""
 
     threshold: float = 0.03
@@ -121,7 +121,7 @@ class RelativeStep(_Below):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Acceleration(_Below):
+class Acceleration(Below):
     """‖(s_k - s_{k-1}) - (s_{k-1} - s_{k-2})‖ < threshold at two successive steps (``hits``).
 
     A state that drifts at a steady pace is at rest by this test and not by that of the step: iterating it further
@@ -145,7 +145,7 @@ class Acceleration(_Below):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine(_Below):
+class Cosine(Below):
     """1 - cos(s_k, s_{k-1}) < threshold."""
 
     threshold: float = 1e-3
@@ -155,7 +155,7 @@ class Cosine(_Below):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntropyDifference(_Below):
+class EntropyDifference(Below):
     """|H(p_k) - H(p_{k-1})| < threshold, entropies in nats of the laws predicted from two successive states."""
 
     threshold: float = 1e-3
@@ -168,7 +168,7 @@ class EntropyDifference(_Below):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divergence(_Below):
+class Divergence(Below):
     """KL(p_{k-1} ‖ p_k) < threshold, in nats, of the laws predicted from two successive states."""
 
     threshold: float = 1e-3

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from restpoint.equilibrium.predictors import IdentityPredictor
 from restpoint.errors import RestpointError
 from restpoint.exit.signals import Signal, unknown
 from restpoint.exit.view import View
-from restpoint.transport.tokens import least_costs
+from restpoint.transport.tokens import top_transport
 
 
 @dataclass(frozen=True)
@@ -73,24 +72,3 @@ def second_law(view: View) -> Float[Tensor, "rows vocab"] | None:
     if not isinstance(view.readout.predictor(view.layer), IdentityPredictor):
         return view.readout.logits(view.state).log_softmax(-1)
     return None if view.earlier is None else view.earlier.log_law
-
-
-@torch.no_grad()
-def top_transport(
-    log_p: Float[Tensor, "rows vocab"],
-    log_q: Float[Tensor, "rows vocab"],
-    embeddings: Float[Tensor, "vocab dim"],
-    support: int,
-) -> Float64[Tensor, " rows"]:
-    """W1 between two laws on their own most probable tokens, scaled to sum to one, in units of the embeddings.
-
-    Exact for the laws so cut down; `token_transport` bounds the cost between the whole ones, for several times the
-    work.
-    """
-    kept = min(support, log_p.shape[-1])
-    (tops, tokens), (others, other_tokens) = log_p.topk(kept, -1), log_q.topk(kept, -1)
-    apart = torch.cdist(
-        embeddings[tokens].float(), embeddings[other_tokens].float(), compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    leaving, entering = (side.double().softmax(-1).cpu().numpy() for side in (tops, others))
-    return least_costs(leaving, entering, apart.double().cpu().numpy()).to(log_p.device)

@@ -16,12 +16,14 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from restpoint.equilibrium.exits import ExitCriterion
+from restpoint.equilibrium.exits import ExitCriterion, RelativeStep
+from restpoint.equilibrium.solvers.method import Method
 from restpoint.errors import RestpointError
 from restpoint.model.recurrent.cache import RecurrentCache, refuse_other
 from restpoint.model.recurrent.config import RecurrentDepthConfig
 from restpoint.model.recurrent.exits import Rest, iterate_until_exit
 from restpoint.model.recurrent.layers import Norm, Pass, SandwichLayer, StateNoise, cut_normal
+from restpoint.model.recurrent.starts import Start
 
 
 @dataclass
@@ -34,6 +36,7 @@ class RecurrentModelOutput(ModelOutput):
         steps: core steps that each token ran, (batch, seq).
         computed: tokens that the core was given, summed over its steps.
         states: s_0, s_1, .., each (batch, seq, hidden), with ``output_states``.
+        injected: e, likewise.
     """
 
     last_hidden_state: Tensor | None = None
@@ -41,6 +44,7 @@ class RecurrentModelOutput(ModelOutput):
     steps: Tensor | None = None
     computed: int | None = None
     states: tuple[Tensor, ...] | None = None
+    injected: Tensor | None = None
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -102,6 +106,8 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
         gradient_steps: int | None = None,
         initial_state: Tensor | None = None,
         exits: ExitCriterion | None = None,
+        start: Start | None = None,
+        solver: Method | None = None,
         output_states: bool = False,
         unembedding: nn.Module | None = None,
         **kwargs: Any,
@@ -112,6 +118,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         self._refuse_exits(exits)
+        self._refuse_start(start, initial_state)
         num_steps = self._steps(num_steps)
         batch, count = inputs_embeds.shape[:2]
         padding = None
@@ -122,6 +129,9 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
         cache = self.new_cache() if past_key_values is None and (use_cache or exits is not None) else past_key_values
         if cache is not None and not isinstance(cache, RecurrentCache):
             refuse_other(cache)
+        if solver is not None:
+            self._refuse_solver(solver, cache)
+            exits = RelativeStep(threshold=0.0) if exits is None else exits
         past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = _positions(attention_mask, past, count, inputs_embeds.device)
@@ -143,6 +153,8 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
         for layer in self.prelude:
             injected = layer(injected, passing)
         state = self._first_state(injected, position_ids, initial_state)
+        if start is not None:
+            state = start.first(state, injected, None if cache is None else cache.last_state)
 
         def read(state: Tensor, passing: Pass) -> Tensor:
             if unembedding is None:
@@ -151,12 +163,22 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
 
         if exits is not None:
             rest = iterate_until_exit(
-                self.step, read, state, injected, passing, exits, num_steps, padding, keep_states=output_states
+                self.step,
+                read,
+                state,
+                injected,
+                passing,
+                exits,
+                num_steps,
+                padding,
+                keep_states=output_states,
+                solver=solver if count == 1 else None,
             )
         else:
             rest = self.iterate(state, injected, passing, num_steps, gradient_steps, padding, output_states)
         hidden = self.finish(rest.state, passing)
         if cache is not None:
+            cache.remember(rest.state.detach(), padding)
             ran = rest.steps if padding is None else rest.steps.masked_fill(padding, num_steps)
             cache.close(num_steps if exits is None else int(ran.min()))
         return RecurrentModelOutput(
@@ -165,6 +187,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
             steps=rest.steps,
             computed=rest.computed,
             states=None if rest.states is None else tuple(rest.states),
+            injected=injected if output_states else None,
         )
 
     def step(self, state: Tensor, injected: Tensor, passing: Pass) -> Tensor:
@@ -227,6 +250,21 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
     def _refuse_exits(self, exits: ExitCriterion | None) -> None:
         if exits is not None and torch.is_grad_enabled():
             raise RestpointError("exits: tokens that stop give no gradients; call the model under torch.no_grad()")
+
+    def _refuse_start(self, start: Start | None, initial_state: Tensor | None) -> None:
+        if start is not None and initial_state is not None:
+            raise RestpointError("start: initial_state already says where to begin; give one of the two")
+        if start is not None and torch.is_grad_enabled():
+            raise RestpointError("start: it is for decoding and gives no gradients; call the model under no_grad()")
+
+    def _refuse_solver(self, solver: Method, cache: RecurrentCache | None) -> None:
+        if torch.is_grad_enabled():
+            raise RestpointError("solver: it gives no gradients; call the model under torch.no_grad()")
+        if cache is None or cache.budget != 1:
+            raise RestpointError(
+                "solver: the map must be the same at every step, so earlier tokens must be seen at their last one; "
+                "give past_key_values=new_cache(budget=1)"
+            )
 
     def _first_state(self, injected: Tensor, positions: Tensor, given: Tensor | None) -> Tensor:
         if given is not None:

@@ -151,6 +151,7 @@ class RecurrentCache(Cache):
 
     Attributes:
         available: steps that each token ran, (batch, capacity).
+        last_state: of every row, the core's state of its last token; None where nothing is known of it.
 
     Raises:
         RestpointError: the budget is below 1.
@@ -170,6 +171,7 @@ class RecurrentCache(Cache):
         self.chosen: Chosen | None = None
         self.uneven = False
         self.available = torch.zeros(0, 0, dtype=torch.int64)
+        self.last_state: Float[Tensor, "batch hidden"] | None = None
         self._fewest = sys.maxsize
 
     def open(
@@ -227,6 +229,21 @@ class RecurrentCache(Cache):
         self.count = 0
         self._fewest = min(self._fewest, fewest)
 
+    def remember(
+        self, state: Float[Tensor, "batch count hidden"], padding: Bool[Tensor, "batch count"] | None = None
+    ) -> None:
+        """Keep the state of each row's last token that is no padding; a row of padding alone keeps the one it had."""
+        if padding is None:
+            self.last_state = state[:, -1].clone()
+            return
+        places = torch.arange(state.shape[1], device=state.device)
+        last = torch.where(padding, -1, places).amax(-1)
+        found = state[torch.arange(state.shape[0], device=state.device), last.clamp_min(0)]
+        if self.last_state is None:
+            self.last_state = None if bool((last < 0).any()) else found
+        else:
+            self.last_state = torch.where((last < 0).unsqueeze(-1), self.last_state, found)
+
     def slot(self, step: Any) -> Any:
         """Where a step is stored."""
         return step if self.budget is None else step % self.budget
@@ -240,10 +257,12 @@ class RecurrentCache(Cache):
         if tokens_to_remove > 0:
             raise RestpointError(f"tokens_to_remove is {tokens_to_remove}; give it as a negative number")
         self.length = max(0, self.length + tokens_to_remove)
+        if tokens_to_remove:
+            self.last_state = None
 
     def reset(self) -> None:
         """Forget everything."""
-        self.length, self._fewest = 0, sys.maxsize
+        self.length, self._fewest, self.last_state = 0, sys.maxsize, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with these rows, in this order."""
@@ -254,6 +273,8 @@ class RecurrentCache(Cache):
         for layer in self.step_layers:
             layer.select(indices)
         self.available = self.available.index_select(0, indices.to(self.available.device))
+        if self.last_state is not None:
+            self.last_state = self.last_state.index_select(0, indices.to(self.last_state.device))
         self.batch = self.available.shape[0]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

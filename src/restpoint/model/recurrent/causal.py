@@ -12,10 +12,12 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from restpoint.equilibrium.exits import ExitCriterion
+from restpoint.equilibrium.solvers.method import Method
 from restpoint.errors import RestpointError
 from restpoint.model.recurrent.backbone import RecurrentDepthModel, RecurrentPreTrainedModel
 from restpoint.model.recurrent.cache import RecurrentCache
 from restpoint.model.recurrent.config import RecurrentDepthConfig
+from restpoint.model.recurrent.starts import Start
 
 
 @dataclass
@@ -49,6 +51,9 @@ class RecurrentDepthForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
     * ``gradient_steps``: last steps that gradients flow through; the config's if None.
     * ``initial_state``: s_0, (batch, seq, hidden). By default it is noise that depends on the position alone, or 0.
     * ``exits``: stops each token by itself, see `restpoint.equilibrium.exits`; needs ``torch.no_grad()``.
+    * ``start``: where tokens begin instead, see `restpoint.model.recurrent.starts`; needs ``torch.no_grad()``.
+    * ``solver``: extrapolates between steps in passes of one token, such as `Anderson`; longer ones iterate plainly.
+      Needs ``torch.no_grad()`` and a cache of budget 1, with which earlier tokens are seen at their last step.
     * ``output_states``: return s_0 .. s_r.
 
     and ``generate`` hands them on. ``past_key_values`` is a `RecurrentCache`, made by ``new_cache``.
@@ -96,6 +101,8 @@ class RecurrentDepthForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         gradient_steps: int | None = None,
         initial_state: Tensor | None = None,
         exits: ExitCriterion | None = None,
+        start: Start | None = None,
+        solver: Method | None = None,
         output_states: bool = False,
         **kwargs: Any,
     ) -> RecurrentOutput:
@@ -110,6 +117,8 @@ class RecurrentDepthForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             gradient_steps=gradient_steps,
             initial_state=initial_state,
             exits=exits,
+            start=start,
+            solver=solver,
             output_states=output_states,
             unembedding=self.lm_head,
             return_dict=True,

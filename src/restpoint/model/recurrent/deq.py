@@ -17,7 +17,7 @@ from restpoint.equilibrium.solvers.picard import Picard
 from restpoint.equilibrium.solvers.solution import Solution
 from restpoint.errors import RestpointError
 from restpoint.model.recurrent.backbone import RecurrentDepthModel
-from restpoint.model.recurrent.cache import Chosen
+from restpoint.model.recurrent.cache import Chosen, RecurrentCache
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.recurrent.config import DeepEquilibriumConfig
 from restpoint.model.recurrent.exits import Rest
@@ -108,6 +108,9 @@ class DeepEquilibriumModel(RecurrentDepthModel):
     def _refuse_exits(self, exits: ExitCriterion | None) -> None:
         if exits is not None:
             raise RestpointError("exits: a solver stops by its tolerance; set that in the config, and leave exits out")
+
+    def _refuse_solver(self, solver: Method, cache: RecurrentCache | None) -> None:
+        raise RestpointError("solver: this model has one by its config; set that, and leave solver out")
 
 
 class DeepEquilibriumForCausalLM(RecurrentDepthForCausalLM):

@@ -1,0 +1,1 @@
+"""Exits and starts of models that iterate a block, measured against running every step."""
