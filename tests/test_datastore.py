@@ -133,7 +133,7 @@ def test_files_that_are_damaged_or_missing_are_refused(tmp_path: Path) -> None:
     Datastore.open(tmp_path)
     entries = json.loads(described.read_text())
     for change, message in (
-        ({"format": 0}, "has format 0, this version reads 1"),
+        ({"format": 0}, "has format 0, this version reads 2"),
         ({"extra": 1}, "not of this form"),
     ):
         described.write_text(json.dumps({**entries, **change}))

@@ -23,6 +23,14 @@ def write(path: Path, make: Callable[[Path], Any], argument: str = "output") -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         make(temporary)
+        readable_as_usual(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise RestpointError(f"{argument}: {path} cannot be written ({error.strerror}); give another path") from error
+
+
+def readable_as_usual(path: Path) -> None:
+    """Give a file the permissions that new files of this process have; some libraries make theirs private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -1,8 +1,6 @@
 """Profile: everything that was fitted for one model, in one folder of safetensors and JSON."""
 
-import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,9 +10,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from restpoint import files
 from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs
 from restpoint.equilibrium.heads import MultiTokenHeads
@@ -23,6 +21,7 @@ from restpoint.errors import RestpointError
 from restpoint.exit.policy import ExitPolicy
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.load import Loaded
+from restpoint.tensors import content_hash, save
 
 _FORMAT = 2
 _JSON, _TENSORS = "profile.json", "profile.safetensors"
@@ -133,7 +132,7 @@ class Profile:
         if self.exits is not None:
             exits, own = self.exits.state()
             tensors |= {f"{_EXITS}/{key}": value for key, value in own.items()}
-        content = _content_hash(tensors)
+        content = content_hash(tensors)
         described = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
@@ -148,12 +147,9 @@ class Profile:
             "exits": exits,
             "tensors_sha256": content,
         }
-        temporary = folder / f".{_TENSORS}.tmp"
-        save_file(tensors, temporary)
-        os.replace(temporary, folder / _TENSORS)
-        temporary = folder / f".{_JSON}.tmp"
-        temporary.write_text(json.dumps(described, indent=1) + "\n")
-        os.replace(temporary, folder / _JSON)
+        save(folder / _TENSORS, tensors)
+        text = json.dumps(described, indent=1) + "\n"
+        files.write(folder / _JSON, lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: Path | str) -> "Profile":
@@ -179,7 +175,7 @@ class Profile:
                 "update restpoint or fit it again"
             )
         try:
-            if described["tensors_sha256"] != _content_hash(tensors):
+            if described["tensors_sha256"] != content_hash(tensors):
                 raise RestpointError(f"profile: the two files in {folder} do not belong together; fit it again")
             predictors = {
                 name: Predictor.from_state(config, _under(name, tensors)).to(dtype=torch.float32)
@@ -215,14 +211,6 @@ class Profile:
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="restpoint profile"))
-
-
-def _content_hash(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

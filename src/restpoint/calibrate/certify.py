@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from restpoint import files
 from restpoint.decode.loop import Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
@@ -21,6 +19,7 @@ from restpoint.exit.choice import LayerChoice
 from restpoint.exit.engine import ExitTarget
 from restpoint.exit.losses import Loss, Outcome, checked
 from restpoint.model.layered import LayeredModel
+from restpoint.tensors import save
 
 Progress = Callable[[str, int, int], None]
 
@@ -175,8 +174,8 @@ class Kept:
             "readers": self._readers,
             "done": [[threshold, depth] for threshold, (_, depth) in self.done.items()],
         }
-        tensors = {repr(threshold): losses for threshold, (losses, _) in self.done.items()}
-        files.write(self.path, lambda path: save_file(tensors, path, {"about": json.dumps(about)}))
+        tensors = {repr(threshold): torch.from_numpy(losses) for threshold, (losses, _) in self.done.items()}
+        save(self.path, tensors, {"about": json.dumps(about)})
 
     def _other(self) -> RestpointError:
         return RestpointError(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from restpoint import files
@@ -24,8 +23,9 @@ from restpoint.exit.signals import Signal
 from restpoint.exit.view import Readout, View, views
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import context_length
+from restpoint.tensors import content_hash, save
 
-FORMAT = 1
+FORMAT = 2
 _JSON, _TENSORS = "traces.json", "traces.safetensors"
 _CONFIDENCE = "confidence/"
 _PLAIN = ("tokens", "agrees", "log_probability", "full_log_probability", "margin")
@@ -120,8 +120,8 @@ class Traces:
             "about": dict(self.about),
         }
         described = json.loads(json.dumps(described))  # as it will be read: names are strings then
-        text = json.dumps({**described, "sha256": _content_hash(described, tensors)}, indent=1)
-        files.write(folder / _TENSORS, lambda path: save_file(tensors, path))
+        text = json.dumps({**described, "sha256": _sha256(described, tensors)}, indent=1)
+        save(folder / _TENSORS, tensors)
         files.write(folder / _JSON, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     @classmethod
@@ -141,7 +141,7 @@ class Traces:
                 )
             with safe_open(folder / _TENSORS, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if described.pop("sha256") != _content_hash(described, tensors):
+            if described.pop("sha256") != _sha256(described, tensors):
                 raise RestpointError(f"traces: {folder} was changed, or holds files of two recordings; record again")
             confidences = {
                 name.removeprefix(_CONFIDENCE): own for name, own in tensors.items() if name.startswith(_CONFIDENCE)
@@ -295,10 +295,6 @@ def _check_prompts(layered: LayeredModel, prompts: Sequence[Sequence[int]], new_
             )
 
 
-def _content_hash(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name in sorted(tensors):
-        own = tensors[name]
-        digest.update(f"{name} {own.dtype} {tuple(own.shape)}".encode())
-        digest.update(own.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _sha256(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    text = json.dumps([described, content_hash(tensors)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from restpoint.errors import RestpointError
-from restpoint.files import write
+from restpoint.tensors import save
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,8 @@ class TrainingState:
         for number, optimiser in enumerate(optimisers):
             for index, entry in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser{number}.{index}.{name}": value for name, value in entry.items()}
-        tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
         what = json.dumps({"step": step, "binding": self.binding})
-        write(self._path, lambda path: save_file(tensors, path, metadata={"training": what}))
+        save(self._path, tensors, {"training": what})
 
     def resume(self, model: nn.Module, optimisers: list[torch.optim.Optimizer]) -> int:
         """Put the saved state in place and return the steps that it has behind it; 0 where there is none.

@@ -10,6 +10,8 @@ Kind = Literal["recurrent", "deq"]
 Precision = Literal["bfloat16", "float32"]
 
 _BFLOAT16 = 2**-8  # its resolution: no residual below it is meant
+_OF_DEQ = ("solver_tolerance", "solver_steps")
+_OF_RECURRENT = ("fixed_recurrence", "gradient_steps", "ramp")
 _FREE = ("max_tokens", "evaluate_every", "save_every")
 
 
@@ -110,7 +112,8 @@ class TrainOptions:
     @property
     def binding(self) -> dict[str, Any]:
         """What an unfinished training must agree in to be resumed."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _FREE}
+        other = _OF_RECURRENT if self.kind == "deq" else _OF_DEQ
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in (*_FREE, *other)}
 
 
 def _require(name: str, value: object, holds: bool, needed: str) -> None:

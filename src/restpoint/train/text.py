@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from restpoint.errors import RestpointError
-from restpoint.files import write
+from restpoint.tensors import save
 
 _DOCUMENTS = 256  # tokenised at once
 _MOST_HELD_OUT = 64
@@ -73,7 +72,7 @@ def training_text(
             name: _sequences(tokenizer, [d for d, out in zip(documents, aside, strict=True) if out is chosen], length)
             for name, chosen in (("sequences", False), ("held_out", True))
         }
-        write(path, lambda temporary: save_file(kept, temporary, metadata={"sha256": sha256}))
+        save(path, kept, {"sha256": sha256})
     for name, found in kept.items():
         if not len(found):
             raise RestpointError(

@@ -1,21 +1,19 @@
 """The atlas of a model: all that was measured of its trajectories on some text, in one artefact."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float64
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from restpoint import files
 from restpoint.errors import RestpointError
 from restpoint.model.watch import Loop
+from restpoint.tensors import content_hash, save
 from restpoint.trajectory import partial
 from restpoint.trajectory.scenes import Scene
 
@@ -108,9 +106,9 @@ class Atlas:
                 {"text": one.text, "tokens": one.tokens, "predicted": one.predicted, "domain": one.domain}
                 for one in self.scenes
             ],
-            "tensors": _content_hash(tensors),
+            "tensors": content_hash(tensors),
         }
-        files.write(folder / _TENSORS, lambda path: save_file(tensors, path))
+        save(folder / _TENSORS, tensors)
         text = json.dumps(described, indent=1, ensure_ascii=False)
         files.write(folder / _JSON, lambda path: path.write_text(text, encoding="utf-8"))
         partial.discard(folder)
@@ -132,7 +130,7 @@ class Atlas:
                 )
             with safe_open(folder / _TENSORS, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if _content_hash(tensors) != described["tensors"]:
+            if content_hash(tensors) != described["tensors"]:
                 raise RestpointError(f"atlas: {folder} holds files of two different atlases; analyse again")
             return cls(
                 _subject(described["subject"]),
@@ -171,11 +169,3 @@ def _nested(tensors: Mapping[str, Tensor], kind: str) -> dict[str, dict[str, Ten
         if what == kind:
             found.setdefault(outer, {})[inner] = value
     return found
-
-
-def _content_hash(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from restpoint import files
 from restpoint.errors import RestpointError
+from restpoint.tensors import save
 from restpoint.trajectory.measure import Measure
 
 _STATE = "partial.safetensors"
@@ -33,7 +32,7 @@ class Partial:
         """Keep the sums after so many batches, and the hash of the text up to there."""
         sums = {f"{one.name}/{name}": own.contiguous() for one in self.measures for name, own in one.sums.items()}
         metadata = {"place": json.dumps({"done": done, "text": text, "recipe": self.recipe})}
-        files.write(self.folder / _STATE, lambda path: save_file(sums, path, metadata=metadata))
+        save(self.folder / _STATE, sums, metadata)
 
     def resume(self) -> tuple[int, str]:
         """Take the sums up again: how many batches they hold, and the hash of the text up to there.

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt, UInt32, UInt64
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from restpoint.errors import RestpointError
+from restpoint.tensors import content_hash, save
 
 CONTEXT = 16
 """Contexts are compared up to so many tokens."""
 
-_FORMAT = 1
+_FORMAT = 2
 _JSON = "datastore.json"
 _TENSORS = ("tokens", "ends", "starts")
 _NEAR = 8
@@ -100,7 +100,7 @@ class Datastore:
         corpus, documents = _joined(token_documents)
         ends, starts = _sorted(corpus)
         tensors = {name: torch.from_numpy(array) for name, array in zip(_TENSORS, (corpus, ends, starts), strict=True)}
-        content = _content_hash(tensors)
+        content = content_hash(tensors)
         described = Described(
             _FORMAT, tokenizer, documents, len(ends), f"datastore-{content[:16]}.safetensors", content
         )
@@ -109,7 +109,7 @@ class Datastore:
         before = _file_in(folder)
         temporary = [folder / f".{name}.tmp" for name in (described.file, _JSON)]
         try:
-            save_file(tensors, temporary[0])
+            save(temporary[0], tensors)
             temporary[1].write_text(json.dumps(asdict(described), indent=1) + "\n")
             os.replace(temporary[0], folder / described.file)
             os.replace(temporary[1], folder / _JSON)  # from here on the folder holds the new one
@@ -153,7 +153,7 @@ class Datastore:
         except (ValueError, SafetensorError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise RestpointError(f"datastore: {folder} is damaged or cut short ({reason}); {rebuild}") from error
-        if check and _content_hash(tensors) != described.sha256:
+        if check and content_hash(tensors) != described.sha256:
             raise RestpointError(f"datastore: {folder / described.file} is damaged; {rebuild}")
         return cls(described, tensors)
 
@@ -286,12 +286,3 @@ def _file_in(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return name if isinstance(name, str) and Path(name).name == name else None
-
-
-def _content_hash(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in _TENSORS:
-        array = tensors[name].numpy()
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
