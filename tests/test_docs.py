@@ -23,7 +23,7 @@ THEORY = ROOT / "docs" / "theory.md"
 DOCUMENTS = [
     README,
     ROOT / "CONTRIBUTING.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("how-it-works", "atlas", "early-exit", "solvers")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("how-it-works", "atlas", "early-exit", "equilibrium", "solvers")),
     THEORY,
 ]
 FIGURES = ROOT / "docs" / "bench.json"

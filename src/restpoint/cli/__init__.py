@@ -17,8 +17,8 @@ from restpoint.errors import RestpointError
 
 _DESCRIPTION = """Faster decoding of pretrained transformers, with exactly the model's own output or a certified loss.
 
-MODEL is a checkpoint folder, a Hugging Face Hub name, or `reference`, the small bundled model, which is the default and
-needs no network.
+MODEL is a checkpoint folder, a Hugging Face Hub name, `reference`, the small bundled model, which is the default, or
+`recurrent`, one that iterates a block; the bundled ones need no network.
 
 Examples:
   restpoint generate "def fibonacci(n):" --stats    text from the bundled model, and what it cost

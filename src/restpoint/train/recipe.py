@@ -108,4 +108,4 @@ class Schedule:
         length = options.ramp * options.steps
         share = 1.0 if step >= length else step / length
         mean = 1 + share * (options.mean_recurrence - 1)
-        return round(mean) if options.fixed_recurrence else draw_steps(mean, spread=0.5)
+        return round(mean) if options.fixed_recurrence else draw_steps(float(mean), spread=0.5)

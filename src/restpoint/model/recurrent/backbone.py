@@ -235,7 +235,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
         """r: as given, or drawn in training, or the config's mean."""
         if num_steps is None:
             return (
-                draw_steps(self.config.mean_recurrence, self.config.recurrence_spread)
+                draw_steps(float(self.config.mean_recurrence), self.config.recurrence_spread)
                 if self.training
                 else self.config.mean_recurrence
             )
