@@ -580,5 +580,6 @@ def test_every_measure_of_a_real_model_is_drawn(reference: Loaded) -> None:
     assert set(found.results) == set(MEASURES)
     drawn_here = {section.name: {chart.name for chart in section.charts} for section in sections(found)}
     expected = {section.name: {chart.name for chart in section.charts} for section in sections(atlas())}
+    assert len(drawn_here.pop("two-scale")) > 4  # test_two_scale has its charts
     assert drawn_here == expected
     assert all(line.x[-1] <= 16 for section in sections(found) for chart in section.charts for line in chart.lines)
