@@ -11,7 +11,7 @@ class ReadOptions:
     """What exits read, and on which text that is fitted."""
 
     layers: Layers = ()
-    """Layers to stop after; chosen by expected speed, from a quarter to most of the depth, if left out."""
+    """Layers to stop after; chosen by expected speed, from half to three quarters of the depth, if left out."""
     lens: Flag = False
     """Emit the logit lens at an exit instead of a predictor that is fitted first."""
     read_layers: int = 5

@@ -31,20 +31,20 @@ from restpoint.trajectory.task_probe import fit_probe
 
 Progress = Callable[[str, int, int], None]
 
-_OWN = 0.3
+_OWN = 0.5
 """Share of the text that predictors are fitted on that the model writes itself."""
 _LENGTH = 128
 _SCORED = 16
 """Held-out sequences that ridge strengths are compared on."""
 _LOOK = 100
 """Gradient steps between two looks at the held-out text."""
-_DEPTHS = (1 / 4, 1 / 2, 5 / 8, 11 / 16, 3 / 4, 13 / 16)
+_DEPTHS = (1 / 2, 9 / 16, 5 / 8, 11 / 16, 3 / 4)
 """Shares of the depth where exits are considered."""
 _GATE_PARTS = ("weights", "directions", "bias", "centres")
 
 
 def candidate_layers(depth: int, options: ReadOptions) -> tuple[int, ...]:
-    """Layers that the options name, or some between a quarter and most of the depth, closer together later on.
+    """Layers that the options name, or some between half and three quarters of the depth.
 
     Raises:
         RestpointError: a layer is not below the depth.
