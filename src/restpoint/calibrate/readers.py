@@ -31,7 +31,7 @@ from restpoint.trajectory.task_probe import fit_probe
 
 Progress = Callable[[str, int, int], None]
 
-_OWN = 0.5
+_OWN = 0.3
 """Share of the text that predictors are fitted on that the model writes itself."""
 _LENGTH = 128
 _SCORED = 16
