@@ -100,12 +100,13 @@ def test_readouts_read_the_layers_before_an_exit() -> None:
     assert state_layers(9, ReadOptions(read_layers=1)) == (9,)
 
 
+@pytest.mark.slow
 def test_refined_readouts_come_closer_to_the_laws_that_are_emitted(reference: Loaded, tmp_path: Path) -> None:
     """On text that was not fitted on, with the states of the model as transformers runs it."""
     layered = LayeredModel(reference.model)
     documents = list(islice(bundled.fit_texts(), 60))
     told: list[tuple[str, int, int]] = []
-    options = ReadOptions(fit_tokens=12_000, vocabulary=500, refine=30)
+    options = ReadOptions(fit_tokens=8_000, vocabulary=500, refine=30)
 
     def read(own: ReadOptions) -> Readout:
         return fit_readout(reference, layered, documents[:40], (3, 9), own, tmp_path, lambda *news: told.append(news))
