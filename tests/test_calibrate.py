@@ -17,7 +17,7 @@ from restpoint.calibrate import sweeping
 from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
 from restpoint.calibrate.options import CalibrateOptions, ReadOptions, SweepOptions
 from restpoint.calibrate.passages import deal
-from restpoint.calibrate.readers import candidate_layers
+from restpoint.calibrate.readers import candidate_layers, fit_readout, state_layers
 from restpoint.calibrate.run import CalibrateReport, calibrate_exits
 from restpoint.calibrate.sweeping import sweep_exits
 from restpoint.decode.settings import SamplingSettings
@@ -89,6 +89,51 @@ def test_no_document_serves_two_ends(reference: Loaded) -> None:
     assert {document_hash(text) for text in tune | judge | set(dealt.fit)} <= set(dealt.documents)
     with pytest.raises(RestpointError, match=r"^text: it gives .* 500 are needed to judge on"):
         deal(texts[:20], reference.tokenizer, options, tune=60, judge=500)
+
+
+# --- readouts ---
+
+
+def test_readouts_read_the_layers_before_an_exit() -> None:
+    assert state_layers(9, ReadOptions()) == (5, 6, 7, 8, 9)
+    assert state_layers(2, ReadOptions()) == (0, 1, 2)
+    assert state_layers(9, ReadOptions(read_layers=1)) == (9,)
+
+
+@pytest.mark.slow
+def test_refined_readouts_come_closer_to_the_laws_that_are_emitted(reference: Loaded, tmp_path: Path) -> None:
+    """On text that was not fitted on, with the states of the model as transformers runs it."""
+    layered = LayeredModel(reference.model)
+    documents = list(islice(bundled.fit_texts(), 60))
+    told: list[tuple[str, int, int]] = []
+    options = ReadOptions(fit_tokens=8_000, vocabulary=500, refine=30)
+
+    def read(own: ReadOptions) -> Readout:
+        return fit_readout(reference, layered, documents[:40], (3, 9), own, tmp_path, lambda *news: told.append(news))
+
+    refined, solved = read(options), read(replace(options, refine=0))
+    assert ("refine predictors", 60, 60) in told
+    assert [done for stage, done, _ in told if stage == "refine predictors"] == sorted(
+        done for stage, done, _ in told if stage == "refine predictors"
+    )
+    assert refined.vocabulary is not None
+    assert solved.vocabulary is not None
+    assert torch.equal(refined.vocabulary, solved.vocabulary), "the text is the same"
+    ids = torch.tensor([reference.tokenizer(text).input_ids[:64] for text in documents[40:]])
+    out = reference.model(ids, output_hidden_states=True)
+    law = out.logits[:, 1:, refined.vocabulary].log_softmax(-1).flatten(0, 1)
+    for layer, reads in ((3, (0, 1, 2, 3)), (9, (5, 6, 7, 8, 9))):
+        assert refined.predictors[layer].state_layers == reads
+        divergences = []
+        for readout in (refined, solved):
+            matrix, offset = (readout.predictors[layer].state()[1][name] for name in ("matrix", "offset"))
+            assert torch.equal(matrix, matrix.bfloat16().float()), "rounded as it is saved"
+            states = torch.cat([out.hidden_states[own][:, 1:] for own in reads], -1).flatten(0, 1)
+            rest = reference.model.model.norm(states @ matrix + offset)
+            own = (rest @ reference.model.lm_head.weight[readout.vocabulary].T).log_softmax(-1)
+            divergences.append(float((law.exp() * (law - own)).sum(-1).mean()))
+        assert divergences[0] < divergences[1]
+    assert not (tmp_path / "states").exists()
 
 
 # --- losses ---
@@ -268,6 +313,8 @@ def test_what_cannot_be_calibrated_is_refused(reference: Loaded, profile: Profil
         (r"^new_tokens is 1", lambda: ReadOptions(new_tokens=1)),
         (r"^batch is 0", lambda: ReadOptions(batch=0)),
         (r"^features is -1", lambda: ReadOptions(features=-1)),
+        (r"^refine is -1", lambda: ReadOptions(refine=-1)),
+        (r"^read_layers is 0", lambda: ReadOptions(read_layers=0)),
         (r"^layers is \(3, 2\)", lambda: ReadOptions(layers=(3, 2))),
         (r"^catch_up is 'late'", lambda: CalibrateOptions(catch_up="late")),
         (r"^most_layers is 0", lambda: CalibrateOptions(most_layers=0)),
@@ -276,7 +323,7 @@ def test_what_cannot_be_calibrated_is_refused(reference: Loaded, profile: Profil
     ):
         with pytest.raises(RestpointError, match=message):
             make()
-    assert candidate_layers(16, ReadOptions()) == (4, 8, 10, 11, 12, 13)
+    assert candidate_layers(16, ReadOptions()) == (8, 9, 10, 11, 12)
     assert candidate_layers(2, ReadOptions()) == (1,)
 
 
@@ -300,7 +347,16 @@ def test_a_fitted_calibration_emits_what_it_was_certified_with(
     reference: Loaded, profile: Profile, tmp_path: Path
 ) -> None:
     options = replace(
-        SMALL, signal="gate", layers=(), lens=False, features=64, fit_tokens=12_000, vocabulary=1000, new_tokens=8
+        SMALL,
+        signal="gate",
+        layers=(),
+        lens=False,
+        read_layers=3,
+        refine=10,
+        features=64,
+        fit_tokens=12_000,
+        vocabulary=1000,
+        new_tokens=8,
     )
     found = calibrate_exits(reference, bundled.fit_texts(), profile, options, tmp_path)
     policy = Profile.load(tmp_path).exits
@@ -308,6 +364,8 @@ def test_a_fitted_calibration_emits_what_it_was_certified_with(
     assert policy.vocabulary is not None
     assert len(policy.vocabulary) == 1000
     assert set(policy.predictors) == set(found.policy.rule.candidates(16))
+    for layer, predictor in policy.predictors.items():
+        assert predictor.state_layers == (layer - 2, layer - 1, layer)
     assert policy.readers == found.policy.readers
     decoders = [Decoder(reference, own, exits=True) for own in (Profile.load(tmp_path), found.profile)]
     first, second = (decoder.generate("def read(path):", max_tokens=40).tokens for decoder in decoders)
@@ -320,6 +378,7 @@ def test_a_sweep_compares_signals_on_the_same_traces(reference: Loaded, tmp_path
         signals=("gate", "relative-step"),
         layers=(8, 12),
         features=32,
+        refine=0,
         fit_tokens=12_000,
         sequences=12,
         prompt_tokens=8,

@@ -307,6 +307,20 @@ def test_a_fitted_predictor_is_emitted_with_its_features() -> None:
     assert again.parameters_read() == 38 * 32 + 32 * 6
 
 
+def test_a_readout_of_several_layers_is_emitted_from_the_states_of_these() -> None:
+    layered = layered_model("llama")
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(32, 32, generator=generator) / 6 for _ in range(3)]
+    offset = torch.randn(32, generator=generator)
+    predictor = AffinePredictor((0, 2, 3), AffineMap(torch.cat(parts), offset))
+    target = ExitTarget(layered, ThresholdRule("max-p", 0.0, (3,)), Readout(layered, {3: predictor}), MaxProbability())
+    written = write(target, PROMPTS[:1], 4)
+    states = full_states(layered, [*PROMPTS[0], *written.tokens[0]])
+    rest = sum((states[layer] @ part for layer, part in zip((0, 2, 3), parts, strict=True)), offset)
+    logits = layered.model.lm_head(layered.model.model.norm(rest))
+    torch.testing.assert_close(written.logits[0][1:], logits[5 : 5 + 3], atol=1e-4, rtol=1e-4)
+
+
 def test_views_of_a_recording_are_those_of_decoding() -> None:
     layered = layered_model("llama")
     states = torch.stack(full_states(layered, PROMPTS[2]), 1)

@@ -192,6 +192,19 @@ def test_instant_drafters_are_held_against_the_models_own_text(tmp_path: Path) -
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_the_model_never_begins_twice_with_the_same_text(tmp_path: Path) -> None:
+    """Even where it writes more sequences than there are to begin with: a greedy one would come twice."""
+    own = replace(OPTIONS, own_share=0.7, max_tokens=4480)
+    loaded = tiny()
+    recorded = record(loaded, LayeredModel(loaded.model), texts(), own, (0,), tmp_path, lambda *_: None)
+    assert (recorded.natural, recorded.store.count) == (42, 139)
+    ids = torch.cat([ids for ids, _states in recorded.store.read(range(139))])
+    begun = [tuple(prompt) for prompt in ids[42:, : recorded.prompt_length].tolist()]
+    assert len(set(begun)) == 97
+    natural = {tuple(row[start : start + 8].tolist()) for row in ids[:42] for start in (0, 8, 16)}
+    assert set(begun) <= natural
+
+
 def test_acceptance_is_what_transformers_would_say(fitted: tuple[Path, FitReport], tmp_path: Path) -> None:
     """The logit lens row, computed again from ``output_hidden_states`` and the model's own modules."""
     loaded = tiny()

@@ -11,10 +11,14 @@ class ReadOptions:
     """What exits read, and on which text that is fitted."""
 
     layers: Layers = ()
-    """Layers to stop after; chosen by expected speed, from a quarter to most of the depth, if left out."""
+    """Layers to stop after; chosen by expected speed, from half to three quarters of the depth, if left out."""
     lens: Flag = False
     """Emit the logit lens at an exit instead of a predictor that is fitted first."""
-    features: int = 1024
+    read_layers: int = 5
+    """Layers whose states that predictor reads: the one that a token stops after, and those just before it."""
+    refine: int = 1000
+    """Gradient steps that refine it towards the model's laws over the tokens that an exit may emit; 0 for none."""
+    features: int = 0
     """Random features of that predictor; 0 for an affine map."""
     vocabulary: Number = None
     """Tokens that an exit may emit, the most frequent of the text: reading the head in part makes looks cheaper. 0 for
@@ -32,12 +36,12 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        for name in ("prompt_tokens", "batch"):
+        for name in ("prompt_tokens", "batch", "read_layers"):
             if getattr(self, name) < 1:
                 raise RestpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.new_tokens < 2:
             raise RestpointError(f"new_tokens is {self.new_tokens}; the first comes at full depth, so give at least 2")
-        for name in ("features", "vocabulary"):
+        for name in ("features", "refine", "vocabulary"):
             if (getattr(self, name) or 0) < 0:
                 raise RestpointError(f"{name} is {getattr(self, name)}; it must be 0 or positive")
         if self.layers and list(self.layers) != sorted(set(self.layers)):

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from restpoint.calibrate.options import ReadOptions
 from restpoint.equilibrium.fitting import fit_affine
-from restpoint.equilibrium.predictors import Predictor
-from restpoint.equilibrium.streaming import Chunk, FitSettings
+from restpoint.equilibrium.predictors import AffinePredictor, Predictor
+from restpoint.equilibrium.refining import RefineProgress, RefineSettings, refine
+from restpoint.equilibrium.streaming import Chunk, FitSettings, Stream
 from restpoint.errors import RestpointError
 from restpoint.exit.gate import Gate, fit_gate
 from restpoint.exit.policy import rounded
@@ -20,7 +21,7 @@ from restpoint.exit.signals import Signal
 from restpoint.exit.task_signal import TaskSaturation
 from restpoint.exit.view import Readout
 from restpoint.fit.options import FitOptions
-from restpoint.fit.recording import record
+from restpoint.fit.recording import Recording, record
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
 from restpoint.trajectory.measure import Trajectory
@@ -35,13 +36,15 @@ _OWN = 0.3
 _LENGTH = 128
 _SCORED = 16
 """Held-out sequences that ridge strengths are compared on."""
-_DEPTHS = (1 / 4, 1 / 2, 5 / 8, 11 / 16, 3 / 4, 13 / 16)
+_LOOK = 100
+"""Gradient steps between two looks at the held-out text."""
+_DEPTHS = (1 / 2, 9 / 16, 5 / 8, 11 / 16, 3 / 4)
 """Shares of the depth where exits are considered."""
 _GATE_PARTS = ("weights", "directions", "bias", "centres")
 
 
 def candidate_layers(depth: int, options: ReadOptions) -> tuple[int, ...]:
-    """Layers that the options name, or some between a quarter and most of the depth, closer together later on.
+    """Layers that the options name, or some between half and three quarters of the depth.
 
     Raises:
         RestpointError: a layer is not below the depth.
@@ -49,6 +52,11 @@ def candidate_layers(depth: int, options: ReadOptions) -> tuple[int, ...]:
     if not all(0 <= layer < depth for layer in options.layers):
         raise RestpointError(f"layers is {options.layers}; each must lie between 0 and {depth - 1}")
     return options.layers or tuple(sorted({min(max(1, round(share * depth)), depth - 1) for share in _DEPTHS}))
+
+
+def state_layers(layer: int, options: ReadOptions) -> tuple[int, ...]:
+    """Layers that a readout after ``layer`` reads: h_0 is the embedding, there is none before it."""
+    return tuple(range(max(0, layer - options.read_layers + 1), layer + 1))
 
 
 def fit_readout(
@@ -64,6 +72,10 @@ def fit_readout(
 ) -> Readout:
     """A predictor of the rest state for each layer, rounded as it will be saved; none where the lens is asked for.
 
+    Each is a ridge regression on the states of several layers, then refined by gradient steps on the divergence
+    between the laws that are emitted and the model's own, over the same tokens. Held-out text, much of it the model's
+    own, says when to stop, and keeps the ridge where no step betters it.
+
     With ``whole_vocabulary`` exits may emit every token, whatever the options say: the rest radius needs that.
 
     States are recorded under ``folder``, where an interrupted recording resumes, and removed in the end. With the lens
@@ -78,10 +90,34 @@ def fit_readout(
         features=options.features,
         seed=options.seed,
     )
-    recorded = record(loaded, layered, texts, how, layers, folder / "states", report)
+    read = tuple(sorted({own for layer in layers for own in state_layers(layer, options)}))
+    recorded = record(loaded, layered, texts, how, read, folder / "states", report)
+    size = layered.vocabulary_size // 4 if options.vocabulary is None else options.vocabulary
+    size = 0 if whole_vocabulary else size
+    vocabulary = recorded.frequent_tokens(size) if size and layered.head.direct else None
+    solved = _solve(recorded, layers, vocabulary, options, report)
+    recorded.store.remove()
+    return Readout(layered, solved, vocabulary)
+
+
+def _solve(
+    recorded: Recording,
+    layers: tuple[int, ...],
+    vocabulary: Int[Tensor, " tokens"] | None,
+    options: ReadOptions,
+    report: Progress,
+) -> dict[int, Predictor]:
+    """The predictor of each layer: in closed form, refined, rounded."""
     settings = FitSettings(
-        strengths=(1e-5, 1e-4, 1e-3), features=options.features, seed=options.seed, product_precision="float32"
+        strengths=(1e-6, 1e-5, 1e-4, 1e-3),
+        features=options.features,
+        seed=options.seed,
+        product_precision="float32",
     )
+    emitted = None if vocabulary is None else Readout(recorded.layered, vocabulary=vocabulary)
+
+    def logits(rest: Tensor) -> Tensor:
+        return recorded.logits(rest) if emitted is None else emitted.logits(rest.to(recorded.layered.dtype))
 
     def fitted() -> Iterator[Chunk]:
         return recorded.chunks(recorded.fitted)
@@ -89,16 +125,41 @@ def fit_readout(
     def held_out() -> Iterator[Chunk]:
         return recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // _SCORED)])
 
-    solved: dict[int, Predictor] = {}
+    solved: dict[int, AffinePredictor] = {}
     for done, layer in enumerate(layers):
         report("solve predictors", done, len(layers))
-        solved[layer] = rounded(fit_affine(fitted, held_out, (layer,), settings, score=recorded.score).predictor)
+        solved[layer] = fit_affine(
+            fitted, held_out, state_layers(layer, options), settings, score=recorded.score
+        ).predictor
     report("solve predictors", len(layers), len(layers))
-    size = layered.vocabulary_size // 4 if options.vocabulary is None else options.vocabulary
-    size = 0 if whole_vocabulary else size
-    vocabulary = recorded.frequent_tokens(size) if size and layered.head.direct else None
-    recorded.store.remove()
-    return Readout(layered, solved, vocabulary)
+    if options.refine:
+        steps = len(layers) * options.refine
+        for done, layer in enumerate(layers):
+            before = done * options.refine
+            solved[layer] = _refined(
+                solved[layer],
+                fitted,
+                lambda: (recorded.held_out_chunk(index) for index in recorded.held_out),
+                logits,
+                options,
+                lambda look, before=before: report("refine predictors", before + look.step, steps),
+            )
+        report("refine predictors", steps, steps)
+    return {layer: rounded(predictor) for layer, predictor in solved.items()}
+
+
+def _refined(
+    predictor: AffinePredictor,
+    fitted: Stream,
+    held_out: Stream,
+    logits: Callable[[Tensor], Tensor],
+    options: ReadOptions,
+    progress: Callable[[RefineProgress], None],
+) -> AffinePredictor:
+    """The best predictor of a refinement that starts here, which may be this one."""
+    # At least five looks, so that short refinements too are cut where they begin to fit the text by heart.
+    settings = RefineSettings(steps=options.refine, every=max(1, min(_LOOK, options.refine // 5)), seed=options.seed)
+    return refine(predictor, fitted, held_out, logits, settings, progress=progress).predictor
 
 
 def write_texts(

@@ -1,7 +1,9 @@
 """Record a model's states on text and on its own continuations of it, resumably."""
 
 import hashlib
+import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -109,6 +111,19 @@ _OWN_HELD_OUT = 2
 """Of every eight sequences that the model writes, how many are held out: calibration rests on them."""
 
 
+def _prompt(sequences: list[list[int]], number: int) -> list[int]:
+    """What the model continues to its own sequence of that number.
+
+    Once every sequence has been begun with, the next lap begins with later parts: a greedy text would come twice.
+    """
+    count = len(sequences)
+    stride = next(stride for stride in itertools.count(7) if math.gcd(stride, count) == 1)
+    sequence = sequences[number * stride % count]
+    length = _prompt_length(len(sequence))
+    start = number // count * length % (len(sequence) - length + 1)
+    return sequence[start : start + length]
+
+
 def _prompt_length(length: int) -> int:
     """Tokens of text that the model continues to a sequence of ``length`` tokens."""
     return length // 4
@@ -156,11 +171,10 @@ def record(
         ids = torch.tensor(sequences[store.count : store.count + options.batch], device=layered.device)
         store.append(ids, states_of(layered, ids, layers))
         report("record", store.count, total)
-    prompt_length = _prompt_length(length)
     while store.count < total:
         done = store.count - len(sequences)
         count = min(8 * options.batch, total - store.count)
-        prompts = [sequences[(done + row) * 7 % len(sequences)][:prompt_length] for row in range(count)]
+        prompts = [_prompt(sequences, done + row) for row in range(count)]
         ids, states = continue_texts(
             layered,
             torch.tensor(prompts, device=layered.device),
