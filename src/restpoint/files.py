@@ -1,5 +1,6 @@
 """Files that are complete or not there at all."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,9 @@ def write(path: Path, make: Callable[[Path], Any], argument: str = "output") -> 
         os.replace(temporary, path)
     except OSError as error:
         raise RestpointError(f"{argument}: {path} cannot be written ({error.strerror}); give another path") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # still there only where something went wrong
 
 
 def readable_as_usual(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from jaxtyping import Int64, UInt, UInt32, UInt64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from restpoint import files
 from restpoint.errors import RestpointError
 from restpoint.tensors import content_hash, save
 
@@ -105,21 +105,15 @@ class Datastore:
             _FORMAT, tokenizer, documents, len(ends), f"datastore-{content[:16]}.safetensors", content
         )
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(described), indent=1) + "\n"
         before = _file_in(folder)
-        temporary = [folder / f".{name}.tmp" for name in (described.file, _JSON)]
         try:
-            save(temporary[0], tensors)
-            temporary[1].write_text(json.dumps(asdict(described), indent=1) + "\n")
-            os.replace(temporary[0], folder / described.file)
-            os.replace(temporary[1], folder / _JSON)  # from here on the folder holds the new one
+            save(folder / described.file, tensors)
+            files.write(folder / _JSON, lambda path: path.write_text(text))  # from here on it holds the new one
         except BaseException:
             if described.file != before:
                 (folder / described.file).unlink(missing_ok=True)
             raise
-        finally:
-            for path in temporary:
-                path.unlink(missing_ok=True)
         if before not in (None, described.file):
             (folder / before).unlink(missing_ok=True)
         return cls.open(folder, check=False)
