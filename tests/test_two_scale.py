@@ -62,7 +62,7 @@ def test_a_straight_line_drifts_and_a_closed_loop_does_not() -> None:
     along = torch.tensor([0.0, 1.0, 3.0, 4.0, 8.0])
     line = along[:, None, None] * torch.tensor([[3.0, 4.0]]) + torch.tensor([[1.0, -2.0]])
     found = measured(line, [Block("all", tuple(range(5)))])
-    assert found["blocks.drift_ratio.mean"].item() == pytest.approx(1.0, abs=1e-6)
+    assert found["blocks.straightness.mean"].item() == pytest.approx(1.0, abs=1e-6)
     assert found["blocks.net.mean"].item() == pytest.approx(40.0)
     assert found["blocks.within.mean"].item() == pytest.approx(10.0)
     assert found["blocks.step_ratio.mean"].item() == pytest.approx(0.25)
@@ -73,7 +73,7 @@ def test_a_straight_line_drifts_and_a_closed_loop_does_not() -> None:
     turns = torch.arange(7) * math.pi / 3  # a hexagon: every corner turns by 60 degrees
     ring = torch.stack([turns.cos(), turns.sin()], -1)[:, None]
     found = measured(ring, [Block("all", tuple(range(7)))])
-    assert found["blocks.drift_ratio.mean"].item() == pytest.approx(0.0, abs=1e-6)
+    assert found["blocks.straightness.mean"].item() == pytest.approx(0.0, abs=1e-6)
     np.testing.assert_allclose(found["angle.mean"][2:], 0.5, atol=1e-5)
     np.testing.assert_allclose(found["curvature.mean"][2:], 1.0, atol=1e-5)  # chords of length 1 that differ by 1
 
@@ -89,7 +89,16 @@ def test_a_logarithmic_spiral_turns_by_its_angle(factor: float, turn: float) -> 
     np.testing.assert_allclose(found["step.mean"][1:], 2 * abs(q - 1) * factor ** np.arange(n), rtol=1e-5)
     np.testing.assert_allclose(found["acceleration.mean"][2:], 2 * abs(q - 1) ** 2 * factor ** np.arange(n - 1), 1e-5)
     ratio = abs(q**n - 1) / (abs(q - 1) * sum(factor**k for k in range(n)))
-    assert found["blocks.drift_ratio.mean"].item() == pytest.approx(ratio, rel=1e-5)
+    assert found["blocks.straightness.mean"].item() == pytest.approx(ratio, rel=1e-5)
+
+
+def test_drift_is_told_from_steps() -> None:
+    """Three steps of 1, a move of 7 (of 8 where the state between blocks is shared), two steps of 2."""
+    places = torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0, 12.0, 14.0])[:, None, None] * torch.tensor([[0.6, 0.8]])
+    apart = measured(places, [Block("first", (0, 1, 2, 3)), Block("second", (4, 5, 6))])
+    np.testing.assert_allclose(apart["blocks.drift_ratio.mean"], [math.nan, 7.0], rtol=1e-5)
+    shared = measured(places[[0, 1, 2, 4, 5]], [Block("first", (0, 1, 2)), Block("second", (2, 3, 4))])
+    np.testing.assert_allclose(shared["blocks.drift_ratio.mean"], [math.nan, 8.0], rtol=1e-5)
 
 
 def test_a_step_that_is_lost_in_rounding_has_no_direction() -> None:
@@ -124,7 +133,7 @@ def slowly(states: np.ndarray, blocks: Sequence[Block]) -> dict[str, np.ndarray]
     found = {name: np.full((depth, count), np.nan) for name in STEPS}
     found |= {f"blocks.{name}": np.full((len(blocks), count), np.nan) for name in LEGS}
     for token in range(count):
-        before = states[blocks[0].states[0], token]
+        before, pace = states[blocks[0].states[0], token], math.nan
         for number, block in enumerate(blocks):
             x = [states[at, token] for at in block.states]
             lengths = []
@@ -147,11 +156,14 @@ def slowly(states: np.ndarray, blocks: Sequence[Block]) -> dict[str, np.ndarray]
                 "entry": math.dist(x[0], before),
                 "across": math.dist(x[-1], before),
             }
-            legs["drift_ratio"] = legs["net"] / legs["path"]
+            legs["straightness"] = legs["net"] / legs["path"]
             legs["step_ratio"] = legs["within"] / legs["across"]
             for name, value in legs.items():
                 found[f"blocks.{name}"][number, token] = value
-            before = x[-1]
+            if number > 0:
+                first = next(state for state in block.states if state not in blocks[number - 1].states)
+                found["blocks.drift_ratio"][number, token] = math.dist(states[first, token], before) / pace
+            before, pace = x[-1], legs["within"]
     return found
 
 
@@ -167,7 +179,7 @@ def test_all_is_what_a_slow_recomputation_finds(loop: Loop | None) -> None:
         np.testing.assert_allclose(found[f"{name}.mean"][there], values[there].mean(-1), 1e-4, 1e-5, err_msg=name)
         np.testing.assert_allclose(found[f"{name}.std"][there], values[there].std(-1), 2e-3, 1e-4, err_msg=name)
         ordered = np.sort(values[there], -1)
-        width = 0.012 if name not in ("angle", "blocks.drift_ratio") else 0.002  # of a bin, relative or absolute
+        width = 0.012 if name not in ("angle", "blocks.straightness") else 0.002  # of a bin, relative or absolute
         told = found[f"{name}.q50"][there].numpy()
         room = width * (np.abs(told) + (width < 0.01)) + 2e-9  # the lowest bin begins there
         assert (ordered[:, 19] - room <= told).all(), name
@@ -345,7 +357,7 @@ def test_a_solved_model_that_begins_with_zeros_is_surveyed(reference: Loaded) ->
     assert r2[:, 2].isnan().all()
     assert (r2[2, [0, 1, 3, 4]] < 0.05).all()
     assert r2[3, 3] > 0.99
-    assert atlas.results["two-scale"]["blocks.drift_ratio.mean"][1] == 1.0, "one step is straight"
+    assert atlas.results["two-scale"]["blocks.straightness.mean"][1] == 1.0, "one step is straight"
 
 
 def test_ordinary_models_have_stretches_of_layers(reference: Loaded) -> None:
@@ -361,7 +373,7 @@ def test_ordinary_models_have_stretches_of_layers(reference: Loaded) -> None:
     assert atlas.scenes[0].path is None
     (section,) = [one for one in sections(atlas) if one.name == "two-scale"]
     assert [chart.name for chart in section.charts] == [
-        *("step", "relative-step", "angle", "acceleration", "remaining", "drift-ratio", "step-ratio")
+        *("step", "relative-step", "angle", "acceleration", "remaining", "drift-ratio", "straightness", "step-ratio")
     ]
     assert not any(chart.ticks for chart in section.charts if chart.layers)
 

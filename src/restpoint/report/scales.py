@@ -52,6 +52,13 @@ _BLOCKS = (
     (
         "drift_ratio",
         "Drift ratio",
+        "first move of the block / mean step before",
+        "The move from the last state of the block before to the first that this block adds, over the mean step within "
+        "the block before. Two scales are told apart where it is far above 1.",
+    ),
+    (
+        "straightness",
+        "Straightness",
         "net way / length of path",
         "1 is a straight line, 0 a closed loop; a block of one step is straight.",
     ),
@@ -59,8 +66,8 @@ _BLOCKS = (
         "step_ratio",
         "Step against drift",
         "mean step within / drift across",
-        "The mean step within a block over the way from the last state of the block before to its own last state. Two "
-        "scales are told apart where it is far below 1.",
+        "The mean step within a block over the way from the last state of the block before to its own last state: far "
+        "below 1 where many small steps make one large drift.",
     ),
 )
 
@@ -153,10 +160,15 @@ def _line(read: Reader, name: str, label: str, places: np.ndarray, colour: int) 
 def _facts(read: Reader, names: list[str], longer: list[int]) -> list[tuple[str, str]]:
     """Means of every block, ratios of those of several steps, and the steps at which a loop comes to rest."""
     facts = []
-    for name, what in (("drift_ratio", "Drift ratio"), ("step_ratio", "Step against drift"), ("across", "Drift")):
+    everywhere, later = list(range(len(names))), list(range(1, len(names)))
+    for name, what, chosen in (
+        ("drift_ratio", "Drift ratio", later),
+        ("straightness", "Straightness", longer),
+        ("step_ratio", "Step against drift", longer),
+        ("across", "Drift", everywhere),
+    ):
         values = read.array(f"blocks.{name}.mean", 1)
         if values is not None:
-            chosen = range(len(names)) if name == "across" else longer
             facts += [(f"{what}, {names[block]}", shown(float(values[block]))) for block in chosen]
     if read.loop is None:
         return facts

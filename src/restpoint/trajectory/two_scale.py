@@ -18,7 +18,7 @@ from restpoint.trajectory.measure import Measure, Trajectory
 STEPS = ("step", "relative_step", "angle", "acceleration", "curvature", "remaining")
 """Quantities of single steps, each told of the state that the step arrives at."""
 
-LEGS = ("within", "path", "net", "entry", "across", "drift_ratio", "step_ratio")
+LEGS = ("within", "path", "net", "entry", "across", "straightness", "drift_ratio", "step_ratio")
 """Quantities of whole blocks."""
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
@@ -26,7 +26,7 @@ QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 _LENGTH = Scale(1e-9, 1e6, 3000, logarithmic=True)
 _SCALES = dict.fromkeys((*STEPS, *LEGS), _LENGTH) | {
     "angle": Scale(-1.0, 1.0, 1000),
-    "drift_ratio": Scale(0.0, 1.0, 1000),
+    "straightness": Scale(0.0, 1.0, 1000),
 }
 _NOISE = 8
 
@@ -84,10 +84,13 @@ class TwoScale(Measure):
     and one value a block, ``blocks.`` and:
 
     * ``within``: (1/n) sum ‖D_k‖, the mean step. ``path``: sum ‖D_k‖. ``net``: ‖x_n - x_0‖.
-    * ``drift_ratio``: net / path. 1 on a straight line, 0 on a closed loop; below 1 / sqrt(n) the steps undo one
+    * ``straightness``: net / path. 1 on a straight line, 0 on a closed loop; below 1 / sqrt(n) the steps undo one
       another more than independent ones of one length would.
     * ``entry``: ‖x_0 - y‖, 0 where a block begins with y. ``across``: ‖x_n - y‖, the drift from block to block.
-    * ``step_ratio``: within / across. Two scales are told apart where it is far below 1.
+    * ``drift_ratio``: ‖x - y‖ / (``within`` of the block before), with x the first state that the block adds: x_0, or
+      x_1 where the block begins with y. Not defined in the first block. Two scales are told apart where it is far
+      above 1.
+    * ``step_ratio``: within / across, of one block.
     * ``first`` and ``last``: numbers of x_0 and x_n.
 
     Each has ``.mean`` and ``.std`` over tokens and quantiles ``.q05`` to ``.q95``, the last of every second text. Where
@@ -125,7 +128,7 @@ class TwoScale(Measure):
         steps = {name: torch.full((depth, tokens), torch.nan) for name in STEPS}
         legs = {name: torch.full((len(self.blocks), tokens), torch.nan) for name in LEGS}
         still = torch.zeros(depth, dtype=torch.int64)
-        before = states[self.blocks[0].states[0]]
+        before, pace = states[self.blocks[0].states[0]], None
         for number, block in enumerate(self.blocks):
             own = states[list(block.states)]
             resting = own.diff(dim=0).norm(dim=-1) <= _NOISE * self.rounding * own[:-1].norm(dim=-1)
@@ -133,9 +136,13 @@ class TwoScale(Measure):
             still[arrived] = resting.sum(-1).cpu()
             for name, values in _steps(own, resting).items():
                 steps[name][arrived[-len(values) :] if len(values) else arrived[:0]] = values.cpu().float()
-            for name, value in _legs(own, before).items():
+            found = _legs(own, before)
+            if pace is not None:
+                shared = block.states[0] == self.blocks[number - 1].states[-1]
+                found["drift_ratio"] = (own[int(shared)] - before).norm(dim=-1) / pace
+            for name, value in found.items():
                 legs[name][number] = value.cpu().float()
-            before = own[-1]
+            before, pace = own[-1], found["within"]
         self._add("tokens", torch.tensor(tokens))
         self._add("still", still)
         for name, values in (steps | {f"blocks.{name}": values for name, values in legs.items()}).items():
@@ -197,6 +204,6 @@ def _legs(states: Float[Tensor, "block tokens hidden"], before: Float[Tensor, "t
         "net": net,
         "entry": (states[0] - before).norm(dim=-1),
         "across": across,
-        "drift_ratio": (net / path).clamp(max=1.0),  # rounding may exceed it
+        "straightness": (net / path).clamp(max=1.0),  # rounding may exceed it
         "step_ratio": within / across,
     }
