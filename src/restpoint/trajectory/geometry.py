@@ -8,13 +8,17 @@ from torch import Tensor
 
 from restpoint.trajectory import observables
 from restpoint.trajectory.histogram import Scale
-from restpoint.trajectory.kinematics import MOTIONS, kinematics
+from restpoint.trajectory.kinematics import MOTIONS, ORDERS, kinematics
 from restpoint.trajectory.measure import Measure, Trajectory
 from restpoint.trajectory.sampling import evenly_spaced
 
 _COSINE = Scale(-1.0, 1.0, 1000)
 _LENGTH = Scale(1e-6, 1e6, 2400, logarithmic=True)
-_SCALES = {name: _COSINE if name.endswith("angle") else _LENGTH for name in MOTIONS}
+_KINDS = {
+    "lengths": (_LENGTH, tuple(name for name in MOTIONS if not name.endswith("angle"))),
+    "cosines": (_COSINE, tuple(name for name in MOTIONS if name.endswith("angle"))),
+}
+"""Quantities of motion that share a scale, and so are added up together."""
 _QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 _MASSIVE = 10.0
 _MOST = 128
@@ -65,32 +69,34 @@ class Geometry(Measure):
         """See :meth:`Measure.add`."""
         states = trajectory.states
         motions = kinematics(states)
-        for name, values in motions.items():
-            self._add_motion(name, values, spread=trajectory.index % 2 == 0)
+        for kind, (scale, names) in _KINDS.items():
+            rows = torch.cat([motions[name] for name in names])
+            self._add_motions(kind, rows, scale if trajectory.index % 2 == 0 else None)
         norms = motions["norm"]
-        units = states / norms.unsqueeze(-1).clamp_min(torch.finfo(states.dtype).tiny)
+        inverse = 1 / norms.clamp_min(torch.finfo(states.dtype).tiny)
         self._add("tokens", torch.tensor(states.shape[1]))
         self._add("directed", (norms > 0).sum(-1))
-        self._add("directions", units.sum(1))
+        self._add("directions", (inverse.unsqueeze(1) @ states).squeeze(1))
         if trajectory.index % self.every == 0 and states.shape[2] <= 2048:
             self._add_covariance(states, _sinks(norms))
         if trajectory.index % (2 * self.every) == 0:
             self._add_clouds(states)
 
-    def _add_motion(self, name: str, values: Float[Tensor, "layers tokens"], spread: bool) -> None:
+    def _add_motions(self, kind: str, values: Float[Tensor, "rows tokens"], spread: Scale | None) -> None:
+        """Add all quantities of a kind at once, one under the other: calls cost more than sums."""
         known = values.isfinite()
         kept = values.double().where(known, 0.0)
-        self._add(f"{name}.seen", known.sum(-1))
-        self._add(f"{name}.sum", kept.sum(-1))
-        self._add(f"{name}.squares", kept.square().sum(-1))
-        if not spread:
+        self._add(f"{kind}.seen", known.sum(-1))
+        self._add(f"{kind}.sum", kept.sum(-1))
+        self._add(f"{kind}.squares", kept.square().sum(-1))
+        if spread is None:
             return
-        self._add(f"{name}.histogram", _SCALES[name].count(values))
+        self._add(f"{kind}.histogram", spread.count(values))
         places = torch.arange(values.shape[1])
         bins = torch.where(places > 0, places.clamp_min(1).log2().floor().long() + 1, 0)
         empty = torch.zeros(len(values), 22, dtype=torch.float64)  # room for texts of a million tokens
-        self._add(f"{name}.places", empty.index_add(1, bins, kept.cpu()))
-        self._add(f"{name}.places_seen", empty.index_add(1, bins, known.double().cpu()))
+        self._add(f"{kind}.places", empty.index_add(1, bins, kept.cpu()))
+        self._add(f"{kind}.places_seen", empty.index_add(1, bins, known.double().cpu()))
 
     def _add_covariance(self, states: Float[Tensor, "depth tokens hidden"], sinks: Bool[Tensor, " tokens"]) -> None:
         for name, cloud in (("cloud", states), ("sinks", states[:, sinks])):
@@ -115,18 +121,20 @@ class Geometry(Measure):
             return whole
 
         self._add("texts", torch.tensor(1))
-        self._add("clusters.components", placed(observables.cluster_count(states, self.tau)))
-        self._add("clusters.rank", placed(observables.cluster_rank(states, self.tau)))
-        self._add("clusters.share", placed(observables.clustered_share(states, self.tau)))
-        energies = [observables.log_energy(states.double(), beta).exp() for beta in self.betas]
+        cosines = observables.cosines(states.double())
+        adjacent = observables.adjacency(cosines, self.tau)
+        self._add("clusters.components", placed(observables.component_count(adjacent)))
+        self._add("clusters.rank", placed(observables.adjacency_rank(adjacent)))
+        self._add("clusters.share", placed(observables.adjacent_share(adjacent)))
+        energies = [observables.log_energy_of_pairs(cosines, beta).exp() for beta in self.betas]
         self._add("energy", placed(torch.stack(energies)))
         self._add("rank_collapse", placed(rank_collapse(states)))
 
     def results(self) -> dict[str, Float64[Tensor, "..."]]:
         """See :meth:`Measure.results`."""
         found: dict[str, Tensor] = {}
-        for name in MOTIONS:
-            found |= self._motion(name)
+        for kind, (scale, names) in _KINDS.items():
+            found |= self._motions(kind, scale, names)
         tokens = self.sums["directed"].double()
         pairs = (tokens * (tokens - 1)).clamp_min(1)
         cosines = (self.sums["directions"].square().sum(-1) - tokens) / pairs
@@ -140,21 +148,22 @@ class Geometry(Measure):
             found["energy.betas"] = torch.tensor(self.betas, dtype=torch.float64)
         return found
 
-    def _motion(self, name: str) -> dict[str, Tensor]:
-        seen = self.sums[f"{name}.seen"].double()
-        mean = self.sums[f"{name}.sum"] / seen
-        variance = (self.sums[f"{name}.squares"] / seen - mean.square()).clamp_min(0)
-        found = {f"{name}.mean": mean, f"{name}.std": variance.sqrt()}
-        if f"{name}.histogram" not in self.sums:
-            return found
-        counts = self.sums[f"{name}.histogram"]
-        quantiles = _SCALES[name].quantiles(counts, list(_QUANTILES.values()))
-        places_seen = self.sums[f"{name}.places_seen"]
-        used = int(places_seen.sum(0).nonzero().max()) + 1 if bool(places_seen.any()) else 1
-        places = self.sums[f"{name}.places"] / places_seen
-        return found | {
-            **{f"{name}.{label}": quantiles[:, place] for place, label in enumerate(_QUANTILES)},
-            f"{name}.position": places[:, :used],
+    def _motions(self, kind: str, scale: Scale, names: tuple[str, ...]) -> dict[str, Tensor]:
+        seen = self.sums[f"{kind}.seen"].double()
+        mean = self.sums[f"{kind}.sum"] / seen
+        variance = (self.sums[f"{kind}.squares"] / seen - mean.square()).clamp_min(0)
+        whole = {"mean": mean, "std": variance.sqrt()}
+        if f"{kind}.histogram" in self.sums:
+            quantiles = scale.quantiles(self.sums[f"{kind}.histogram"], list(_QUANTILES.values()))
+            places_seen = self.sums[f"{kind}.places_seen"]
+            used = int(places_seen.sum(0).nonzero().max()) + 1 if bool(places_seen.any()) else 1
+            whole |= {label: quantiles[:, place] for place, label in enumerate(_QUANTILES)}
+            whole["position"] = (self.sums[f"{kind}.places"] / places_seen)[:, :used]
+        lengths = [len(self.sums["directed"]) - ORDERS[name] for name in names]
+        return {
+            f"{name}.{label}": rows
+            for label, values in whole.items()
+            for name, rows in zip(names, values.split(lengths), strict=True)
         }
 
     def _ranks(self) -> dict[str, Tensor]:

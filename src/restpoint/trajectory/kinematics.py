@@ -4,8 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MOTIONS = ("norm", "step", "relative_step", "state_angle", "angle", "acceleration", "curvature")
-"""Quantities of :func:`kinematics`; the first is of states, the next three of steps, the others of pairs of steps."""
+ORDERS = {"norm": 0, "step": 1, "relative_step": 1, "state_angle": 1, "angle": 2, "acceleration": 2, "curvature": 2}
+"""Of each quantity of :func:`kinematics`: 0 is of states, 1 of steps, 2 of pairs of steps."""
+
+MOTIONS = tuple(ORDERS)
+"""Quantities of :func:`kinematics`."""
 
 
 def kinematics(states: Float[Tensor, "depth *tokens hidden"]) -> dict[str, Float[Tensor, "..."]]:

@@ -106,8 +106,7 @@ class Measure(ABC):
 
     def _add(self, name: str, value: Tensor) -> None:
         """Add to a sum, which begins at zero."""
-        value = value.cpu() if value.dtype == torch.int64 else value.double().cpu()
-        if name in self.sums:
-            self.sums[name] += value
-        else:
-            self.sums[name] = value.clone()
+        if name not in self.sums:
+            exact = torch.int64 if value.dtype == torch.int64 else torch.float64
+            self.sums[name] = torch.zeros(value.shape, dtype=exact)
+        self.sums[name] += value.cpu()

@@ -9,7 +9,7 @@ temperatures are compared.
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from restpoint.errors import RestpointError
@@ -65,9 +65,16 @@ def log_energy(
     Paper:
         Geshkovski, Letrouit, Polyanskiy, Rigollet 2023, "A mathematical perspective on transformers".
     """
-    beta = _positive(states, beta)
-    scores = beta[..., None, None] * cosines(states)
-    pairs = 2 * math.log(states.shape[-2])
+    return log_energy_of_pairs(cosines(states), beta)
+
+
+def log_energy_of_pairs(
+    cosines: Float[Tensor, "*batch tokens tokens"], beta: float | Float[Tensor, "*#batch"]
+) -> Float[Tensor, "*batch"]:
+    """:func:`log_energy` of a cloud whose :func:`cosines` are known."""
+    beta = _positive(cosines, beta)
+    scores = beta[..., None, None] * cosines
+    pairs = 2 * math.log(cosines.shape[-1])
     return scores.flatten(-2).logsumexp(-1) - pairs - (2 * beta).log()
 
 
@@ -105,17 +112,12 @@ def _positive(states: Tensor, beta: float | Tensor) -> Tensor:
 
 def clustered_share(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3) -> Float[Tensor, "*batch"]:
     """Share of the pairs i != j with <x_i, x_j> > 1 - tau; 1 for a single token."""
-    count = states.shape[-2]
-    if count == 1:
-        return torch.ones(states.shape[:-2], dtype=states.dtype, device=states.device)
-    together = (_adjacent(states, tau).sum((-2, -1)) - count).to(states.dtype)
-    return together / (count * (count - 1))
+    return adjacent_share(adjacency(cosines(states), tau)).to(states.dtype)
 
 
 def cluster_count(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3) -> Int[Tensor, "*batch"]:
     """Connected components of the graph that joins tokens with <x_i, x_j> > 1 - tau."""
-    first = torch.arange(states.shape[-2], device=states.device)
-    return (cluster_labels(states, tau) == first).sum(-1)
+    return component_count(adjacency(cosines(states), tau))
 
 
 def cluster_labels(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3) -> Int[Tensor, "*batch tokens"]:
@@ -123,15 +125,7 @@ def cluster_labels(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3
 
     Tokens share a label if and only if a chain of neighbours with <x_i, x_j> > 1 - tau joins them.
     """
-    adjacent = _adjacent(states, tau)
-    count = states.shape[-2]
-    labels = torch.arange(count, device=states.device).expand(states.shape[:-1]).clone()
-    while True:
-        offered = labels.unsqueeze(-2).expand(adjacent.shape).masked_fill(~adjacent, count).amin(-1)
-        lowest = offered.gather(-1, offered)  # a label's own label: chains of any length take few rounds
-        if torch.equal(lowest, labels):
-            return labels
-        labels = lowest
+    return component_labels(adjacency(cosines(states), tau))
 
 
 def cluster_rank(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3) -> Int[Tensor, "*batch"]:
@@ -140,16 +134,50 @@ def cluster_rank(states: Float[Tensor, "*batch tokens dim"], tau: float = 1e-3) 
     It is the number of clusters where these are cliques, and above `cluster_count` where chains join tokens that are
     not neighbours themselves: the difference says that tau cuts through a cluster.
     """
-    return torch.linalg.matrix_rank(_adjacent(states, tau).double(), hermitian=True)
+    return adjacency_rank(adjacency(cosines(states), tau))
 
 
-def _adjacent(states: Tensor, tau: float) -> Tensor:
+def adjacency(cosines: Float[Tensor, "*batch tokens tokens"], tau: float) -> Bool[Tensor, "*batch tokens tokens"]:
+    """The graph that joins tokens with <x_i, x_j> > 1 - tau, and every token with itself.
+
+    Raises:
+        RestpointError: tau is no distance of unit vectors.
+    """
     if not 0 < tau < 2:
         raise RestpointError(
             f"tau is {tau}; give a distance between 0 and 2, such as 1e-3: pairs above 1 - tau are near"
         )
-    near = cosines(states) > 1 - tau
-    return near | torch.eye(states.shape[-2], dtype=torch.bool, device=states.device)
+    return (cosines > 1 - tau) | torch.eye(cosines.shape[-1], dtype=torch.bool, device=cosines.device)
+
+
+def adjacent_share(adjacent: Bool[Tensor, "*batch tokens tokens"]) -> Float64[Tensor, "*batch"]:
+    """Share of the pairs i != j that a graph joins; 1 for a single token."""
+    count = adjacent.shape[-1]
+    together = (adjacent.sum((-2, -1)) - count).double()
+    return together / (count * (count - 1)) if count > 1 else together + 1
+
+
+def component_count(adjacent: Bool[Tensor, "*batch tokens tokens"]) -> Int[Tensor, "*batch"]:
+    """Connected components of a graph that joins every token with itself."""
+    first = torch.arange(adjacent.shape[-1], device=adjacent.device)
+    return (component_labels(adjacent) == first).sum(-1)
+
+
+def component_labels(adjacent: Bool[Tensor, "*batch tokens tokens"]) -> Int[Tensor, "*batch tokens"]:
+    """For every token, the lowest index in its connected component of a graph that joins every token with itself."""
+    count = adjacent.shape[-1]
+    labels = torch.arange(count, device=adjacent.device).expand(adjacent.shape[:-1]).clone()
+    while True:
+        offered = labels.unsqueeze(-2).expand(adjacent.shape).masked_fill(~adjacent, count).amin(-1)
+        lowest = offered.gather(-1, offered)  # a label's own label: chains of any length take few rounds
+        if torch.equal(lowest, labels):
+            return labels
+        labels = lowest
+
+
+def adjacency_rank(adjacent: Bool[Tensor, "*batch tokens tokens"]) -> Int[Tensor, "*batch"]:
+    """Rank of the 0/1 matrix of a graph."""
+    return torch.linalg.matrix_rank(adjacent.double(), hermitian=True)
 
 
 def merging_times(
@@ -167,7 +195,7 @@ def merging_times(
     merged = torch.ones((), dtype=torch.bool, device=states.device)
     since = torch.full((), math.inf, dtype=times.dtype, device=states.device)
     for cloud, time in zip(states.flip(0), times.flip(0), strict=True):
-        merged = merged & _adjacent(cloud, tau)
+        merged = merged & adjacency(cosines(cloud), tau)
         since = torch.where(merged, time.to(states.device), since)
     return since
 
