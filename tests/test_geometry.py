@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from families import VOCABULARY, build
+from restpoint.equilibrium.affine import AffineMap
+from restpoint.equilibrium.predictors import AffinePredictor, RestPointRecurrence
 from restpoint.model.layered import LayeredModel
 from restpoint.trajectory.geometry import Geometry, rank_collapse
 from restpoint.trajectory.histogram import Scale
 from restpoint.trajectory.kinematics import MOTIONS, kinematics
-from restpoint.trajectory.lens import Lens
+from restpoint.trajectory.lens import FittedLens, Lens
 from restpoint.trajectory.measure import Measure, Trajectory
 from restpoint.trajectory.pairs import Pairs
 from restpoint.trajectory.sampling import evenly_spaced
@@ -183,10 +185,17 @@ def test_lens_against_laws_taken_one_by_one() -> None:
     model = build("llama")
     layered = LayeredModel(model)
     text = cloud(depth=layered.depth + 1, tokens=70, hidden=layered.hidden_size)
-    measure = Lens(lambda states: layered.logits(states[None])[0], {"half": lambda l, s: s / 2 if l == 1 else None}, 1)
+    generator = torch.Generator().manual_seed(3)
+    size = layered.hidden_size
+    maps = [
+        AffineMap(torch.randn(rows, size, generator=generator) / size, torch.zeros(size)) for rows in (size, 2 * size)
+    ]
+    fitted = {1: AffinePredictor((1,), maps[0]), 2: RestPointRecurrence((2,), (maps[1],))}
+    measure = Lens(lambda states: layered.logits(states[None])[0], {"fitted": FittedLens(fitted)}, 1)
     measure.add(text)
     found = measure.results()
-    chosen = text.states[:, evenly_spaced(70, 64)]
+    places = evenly_spaced(70, 64)
+    chosen = text.states[:, places]
     logs = [model.lm_head(model.model.norm(own)).log_softmax(-1).double() for own in chosen]
     assert logs[0].shape[-1] == VOCABULARY
     for layer, own in enumerate(logs):
@@ -199,8 +208,14 @@ def test_lens_against_laws_taken_one_by_one() -> None:
         }
         for name, value in expected.items():
             np.testing.assert_allclose(found[f"logit.{name}"][layer], value.detach(), atol=1e-5)
-    defined = found["half.kl"].isfinite()
-    assert defined.tolist() == [layer in (1, layered.depth) for layer in range(layered.depth + 1)]
+    assert found["fitted.kl"].isfinite().tolist() == [layer in fitted for layer in range(layered.depth + 1)]
+    alone = chosen[1] @ maps[0].matrix
+    later = places[places > 0]  # no token comes before the first
+    together = torch.cat([text.states[2, later], text.states[-1, later - 1]], -1) @ maps[1].matrix
+    for layer, rest, last in ((1, alone, chosen[-1]), (2, together, text.states[-1, later])):
+        laws = [model.lm_head(model.model.norm(own)).softmax(-1).double() for own in (rest, last)]
+        apart = 0.5 * (laws[0] - laws[1]).abs().sum(-1).mean()
+        np.testing.assert_allclose(found["fitted.tv"][layer], apart.detach(), atol=1e-5)
     assert found["logit.kl"][-1] == 0
     assert found["logit.agreement"][-1] == 1
 

@@ -13,11 +13,14 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from looped import recurrent
 from restpoint import bundled
 from restpoint.errors import RestpointError
 from restpoint.model.load import Loaded, load
+from restpoint.profile import Profile
 from restpoint.trajectory.atlas import Atlas
 from restpoint.trajectory.comparison import compare
+from restpoint.trajectory.lens import FittedLens
 from restpoint.trajectory.measure import Trajectory
 from restpoint.trajectory.options import SurveyOptions
 from restpoint.trajectory.reading import Piece, Reader, Sample
@@ -50,6 +53,25 @@ def same(one: Atlas, other: Atlas, tolerance: float = 1e-10) -> None:
             np.testing.assert_allclose(
                 value, other.results[measure][name], rtol=tolerance, atol=tolerance, err_msg=f"{measure}.{name}"
             )
+
+
+def test_predictors_of_a_profile_are_lenses(reference: Loaded, subject: Surveyed, tmp_path: Path) -> None:
+    lenses = Profile.load(bundled.PROFILE_PATH).lenses()
+    assert "logit" not in lenses
+    options = replace(OPTIONS, max_tokens=4000, measures=("lens",))
+    found = survey(subject, samples(), options, lenses=lenses).results["lens"]
+    for name, lens in lenses.items():
+        assert found[f"{name}.tv"].isfinite().nonzero().flatten().tolist() == sorted(lens.predictors), name
+    assert found["ridge.tv"][4] < found["logit.tv"][4] - 0.1
+    assert found["ridge.agreement"][4] > found["logit.agreement"][4] + 0.1
+
+    other = {"ridge": FittedLens({4: lenses["recurrence"].predictors[4]})}
+    survey(subject, samples(), options, lenses={"ridge": lenses["ridge"]}, folder=tmp_path)
+    with pytest.raises(RestpointError, match="another model or with other options"):
+        survey(subject, samples(), options, lenses=other, folder=tmp_path)
+    looped = Surveyed("looped", recurrent(dtype=torch.float32, vocab_size=8192), reference.tokenizer)
+    with pytest.raises(RestpointError, match="lenses: predictors count the layers of a whole decoder"):
+        survey(looped, samples(), options, lenses=other)
 
 
 def test_an_atlas_holds_what_was_asked_for(whole: Atlas, subject: Surveyed) -> None:

@@ -16,12 +16,13 @@ from restpoint import files
 from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs
 from restpoint.equilibrium.heads import MultiTokenHeads
-from restpoint.equilibrium.predictors import Predictor
+from restpoint.equilibrium.predictors import IdentityPredictor, Predictor
 from restpoint.errors import RestpointError
 from restpoint.exit.policy import ExitPolicy
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.load import Loaded
 from restpoint.tensors import content_hash, save
+from restpoint.trajectory.lens import FittedLens
 
 _FORMAT = 2
 _JSON, _TENSORS = "profile.json", "profile.safetensors"
@@ -109,6 +110,16 @@ class Profile:
                 f"profile: it belongs to another model ({self.model}), not to {loaded.name}: config, tokenizer or "
                 f"unembedding differ; fit one with: restpoint fit {loaded.name} --output FOLDER"
             )
+
+    def lenses(self) -> dict[str, FittedLens]:
+        """The predictors as lenses, by kind; ``exit``: what early exits emit. The logit lens itself is left out."""
+        found: dict[str, dict[int, Predictor]] = {}
+        for name, predictor in self.predictors.items():
+            if not isinstance(predictor, IdentityPredictor):
+                found.setdefault(name.partition("@")[0], {})[predictor.exit_layer] = predictor
+        if self.exits is not None and self.exits.predictors:
+            found["exit"] = dict(self.exits.predictors)
+        return {name: FittedLens(predictors) for name, predictors in found.items()}
 
     def save(self, folder: Path | str) -> None:
         """Write ``profile.json`` and ``profile.safetensors`` to a folder, each complete or not at all.

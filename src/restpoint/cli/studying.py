@@ -8,7 +8,7 @@ from tyro.conf import Positional, arg
 
 from restpoint import console
 from restpoint.bundled import documents, prompts
-from restpoint.cli.loading import LoadFlags, Texts
+from restpoint.cli.loading import LoadFlags, Texts, profile_for
 from restpoint.corpus import REFERENCE, read_texts
 from restpoint.flags import Flag, Folder
 from restpoint.theory.options import HEAD, LAYERS, SimulateOptions, chosen
@@ -120,6 +120,8 @@ class Analyze:
     """Text to read: plain text, or .jsonl with a field `text`; .gz, .xz, .bz2 of either. Bundled text if left out."""
     output: Annotated[Path, arg(metavar="FOLDER", aliases=["-o"])] = Path("atlas")
     """Folder that atlas, page, tables and pictures are written to."""
+    profile: Folder = None
+    """What `restpoint fit` wrote for this model: its predictors become lenses; the bundled model has one already."""
     no_twin: Flag = False
     """Leave out the same model with random weights, which is measured on a quarter of the text."""
     json: Flag = False
@@ -139,9 +141,13 @@ class Analyze:
             labelled = ((kind, text) for kind, own in texts for text in own) if self.text else documents()
             return (Sample(text, kind) for kind, text in labelled)
 
+        profile = profile_for(self.model, self.profile, plain=False)
+        if profile is not None:
+            profile.require(loaded)
+        lenses = None if profile is None else profile.lenses()
         subject = Surveyed(self.model, loaded.model, loaded.tokenizer)
         with console.progress_bars() as progress:
-            atlas = survey(subject, samples(), self.survey, folder=self.output, progress=progress)
+            atlas = survey(subject, samples(), self.survey, lenses=lenses, folder=self.output, progress=progress)
         twin = None
         if not self.no_twin and self.survey.share is None:
             fewer = replace(self.survey, max_tokens=max(2, self.survey.max_tokens // 4), scenes=0)

@@ -31,6 +31,11 @@ class Line:
     colour: int = 0
     second: bool = False
 
+    @property
+    def scattered(self) -> bool:
+        """Whether places are left out between its points, so that these must be seen."""
+        return len(self.x) == 1 or bool((np.diff(self.x) > 1).any())
+
 
 @dataclass(frozen=True, eq=False)
 class Heat:

@@ -119,8 +119,8 @@ def _line(line: Line, chart: Chart) -> list[dict[str, Any]]:
             edge | {"y": rounded(high), "fill": "tonexty", "fillcolor": colour + alpha},
         ]
     drawn = {"type": "scatter", "mode": "lines", "name": line.name, "x": x, "y": rounded(line.y)}
-    if len(x) == 1:
-        drawn["mode"] = "markers"
+    if line.scattered:
+        drawn["mode"] = "lines+markers"
     style = {"color": colour, "width": 1.6 if line.second else 2.2, "dash": "dash" if line.second else "solid"}
     drawn |= {"showlegend": not line.second}  # the caption says what is dashed
     hover = "%{x}: %{y:.4g}"

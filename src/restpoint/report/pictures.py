@@ -85,7 +85,7 @@ def _lines(chart: Chart, axes: Any) -> None:
         colour = PALETTE[line.colour % len(PALETTE)]
         for low, high in line.bands:
             axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
-        marker = "o" if len(line.x) == 1 else ""
+        marker = "o" if line.scattered else ""
         style = "--" if line.second else "-"
         axes.plot(line.x, line.y, color=colour, linestyle=style, marker=marker, label=line.name)
     if chart.mark is not None:

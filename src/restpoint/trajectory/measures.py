@@ -11,7 +11,7 @@ from restpoint.errors import RestpointError
 from restpoint.model.watch import Loop, WatchedLayers
 from restpoint.trajectory.bounds import Bounds
 from restpoint.trajectory.geometry import Geometry
-from restpoint.trajectory.lens import Lens, Predict
+from restpoint.trajectory.lens import FittedLens, Lens
 from restpoint.trajectory.measure import Measure, Readout
 from restpoint.trajectory.options import MEASURES, SurveyOptions
 from restpoint.trajectory.pairs import Pairs
@@ -45,7 +45,7 @@ class Means:
         readout: final norm and unembedding.
         vocabulary: number of tokens; 0 where there is no unembedding.
         embeddings: of the tokens, where they are few enough to be compared with one another.
-        lenses: further lenses by name.
+        lenses: of fitted predictors, by name.
         rounding: relative, of the states.
     """
 
@@ -55,7 +55,7 @@ class Means:
     readout: Readout = unread
     vocabulary: int = 0
     embeddings: Float[Tensor, "vocabulary hidden"] | None = None
-    lenses: Mapping[str, Predict] = field(default_factory=dict)
+    lenses: Mapping[str, FittedLens] = field(default_factory=dict)
     rounding: float = torch.finfo(torch.float32).eps
 
 
@@ -81,12 +81,13 @@ def make(name: str, means: Means) -> Measure:
 
 
 def allowed(
-    subject: Surveyed, layers: WatchedLayers, options: SurveyOptions, lenses: Mapping[str, Predict] | None = None
+    subject: Surveyed, layers: WatchedLayers, options: SurveyOptions, lenses: Mapping[str, FittedLens] | None = None
 ) -> tuple[list[Measure], list[str]]:
     """The measures of a survey that a model allows, and notes on those that it does not.
 
     Raises:
-        RestpointError: a measure is named that the model does not allow.
+        RestpointError: a measure is named that the model does not allow, or lenses are given whose predictors count
+            other layers.
     """
     refused: dict[str, str] = {}
     head = subject.head()
@@ -102,12 +103,20 @@ def allowed(
     for name in options.measures:
         if name in refused:
             raise RestpointError(f"measures: {name} cannot be measured ({refused[name]}); leave it out")
+    if lenses and (subject.iterates or layers.length != subject.model.config.num_hidden_layers):
+        raise RestpointError(
+            "lenses: predictors count the layers of a whole decoder that runs each once; leave out profile and lenses"
+        )
     means = Means(options, layers.length, layers.loop, rounding=torch.finfo(subject.model.dtype).eps)
     if head is not None:
         few = len(head.weight) <= _MOST_EMBEDDINGS and head.weight.shape[1] == subject.hidden_size
         embeddings = head.weight.float() if few else None
         means = replace(
-            means, readout=head.readout, vocabulary=len(head.weight), embeddings=embeddings, lenses=lenses or {}
+            means,
+            readout=head.readout,
+            vocabulary=len(head.weight),
+            embeddings=embeddings,
+            lenses={name: lens.to(head.weight.device) for name, lens in (lenses or {}).items()},
         )
     chosen = options.measures or MEASURES
     notes = [f"{name} is left out: {refused[name]}" for name in chosen if name in refused]

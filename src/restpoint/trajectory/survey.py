@@ -19,7 +19,7 @@ from restpoint.errors import RestpointError
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.watch import WatchedLayers
 from restpoint.trajectory.atlas import Atlas, Subject
-from restpoint.trajectory.lens import Predict
+from restpoint.trajectory.lens import FittedLens
 from restpoint.trajectory.measures import Means, allowed, make
 from restpoint.trajectory.options import MEASURES, SurveyOptions
 from restpoint.trajectory.partial import Partial
@@ -41,7 +41,7 @@ def survey(
     samples: Iterable[Sample],
     options: SurveyOptions | None = None,
     *,
-    lenses: Mapping[str, Predict] | None = None,
+    lenses: Mapping[str, FittedLens] | None = None,
     folder: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Atlas:
@@ -51,7 +51,7 @@ def survey(
         subject: the model.
         samples: texts, or inputs of any kind; read until ``options.max_tokens``.
         options: what to measure.
-        lenses: further lenses by name, beside the logit lens.
+        lenses: of fitted predictors, by name, beside the logit lens (:meth:`Profile.lenses`).
         folder: keeps what is measured so far; the same call goes on from there after an interruption, until an atlas
             is saved to it.
         progress: called with ``read``, tokens so far, and tokens in all.
@@ -238,7 +238,7 @@ def _options_of(atlas: Atlas) -> SurveyOptions:
 
 
 def _recipe(
-    subject: Surveyed, options: SurveyOptions, path: str, lenses: Mapping[str, Predict] | None
+    subject: Surveyed, options: SurveyOptions, path: str, lenses: Mapping[str, FittedLens] | None
 ) -> dict[str, Any]:
     """What a survey that is taken up again must have in common with what it was."""
     own = {name: value for name, value in asdict(options).items() if name != "checkpoint_every"}
@@ -250,7 +250,7 @@ def _recipe(
                 "model": mark,
                 "untrained": subject.untrained,
                 "path": path,
-                "lenses": sorted(lenses or {}),
+                "lenses": {name: lens.hash for name, lens in (lenses or {}).items()},
             }
         )
     )
