@@ -14,7 +14,8 @@ import torch
 from restpoint import bundled, cli
 from restpoint.calibrate import run as calibration
 from restpoint.calibrate import sweeping
-from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
+from restpoint.calibrate.certify import decode_with_exits, losses_of
+from restpoint.calibrate.kept import Kept
 from restpoint.calibrate.options import CalibrateOptions, ReadOptions, SweepOptions
 from restpoint.calibrate.passages import deal
 from restpoint.calibrate.readers import candidate_layers, fit_readout, state_layers
@@ -192,8 +193,8 @@ def test_a_calibration_writes_what_it_found(report: CalibrateReport, reference: 
     assert report.selection.index is not None
     assert certificate.mean_loss == pytest.approx(report.mean_losses[report.selection.index])
     assert certificate.mean_loss < certificate.upper_bound <= 0.3
-    assert report.thresholds == tuple(sorted(report.thresholds, reverse=True))
-    assert report.policy.rule == ThresholdRule("max-p", report.thresholds[report.selection.index], (12, 14))
+    assert report.settings == tuple(sorted(report.settings, reverse=True))
+    assert report.policy.rule == ThresholdRule("max-p", report.settings[report.selection.index], (12, 14))
     assert "at most 0.3 with probability 0.9" in certificate.promise
     report.profile.save(tmp_path)
     exits = Profile.load(tmp_path).exits
@@ -264,7 +265,7 @@ def test_an_interrupted_calibration_goes_on(
 
         return decoding
 
-    assert len(report.thresholds) > 2
+    assert len(report.settings) > 2
     monkeypatch.setattr(calibration, "decode_with_exits", stopping(2))
     with pytest.raises(KeyboardInterrupt):
         calibrate_exits(reference, bundled.fit_texts(), profile, SMALL, tmp_path)
@@ -272,7 +273,7 @@ def test_an_interrupted_calibration_goes_on(
         calibrate_exits(reference, bundled.fit_texts(), profile, replace(SMALL, epsilon=0.31), tmp_path)
     monkeypatch.setattr(calibration, "decode_with_exits", stopping(-1))
     again = calibrate_exits(reference, bundled.fit_texts(), profile, SMALL, tmp_path)
-    assert tuple(seen) == report.thresholds, "no threshold is decoded with twice"
+    assert tuple(seen) == report.settings, "no threshold is decoded with twice"
     assert again.policy.rule == report.policy.rule
     assert again.mean_losses == report.mean_losses
     assert not (tmp_path / "calibration.safetensors").exists()

@@ -17,6 +17,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.calibrate.run import CalibrateReport
+    from restpoint.exit.rules import Rule
     from restpoint.calibrate.sweeping import SweepReport
     from restpoint.decode.loop import Round
     from restpoint.fit.run import FitReport
@@ -237,28 +238,47 @@ _TOLD = {
 
 
 def calibrate_table(report: "CalibrateReport") -> RenderableType:
-    """Thresholds that were decoded with, and what is promised of the one that was kept."""
+    """Settings that were decoded with, and what is promised of the one that was kept."""
     selection, control = report.selection, report.selection.control
-    layers = " or ".join(str(layer) for layer in report.policy.rule.candidates(sys.maxsize))
-    table = Table(title=f"Exits after layer {layers}, from safe to fast", title_justify="left", pad_edge=False)
-    for heading in ("threshold", "mean loss", "p-value", f"at most {control.epsilon:g}", "mean depth"):
+    table = Table(title=f"{_exits(report.policy.rule)}, from safe to fast", title_justify="left", pad_edge=False)
+    for heading in (report.setting, "mean loss", "p-value", f"at most {control.epsilon:g}", "mean depth"):
         table.add_column(heading, justify="right", no_wrap=True)
-    rows = zip(report.thresholds, report.mean_losses, selection.p_values, report.depths, strict=True)
-    for number, (threshold, loss, p_value, ran) in enumerate(rows):
+    rows = zip(report.settings, report.mean_losses, selection.p_values, report.depths, strict=True)
+    for number, (setting, loss, p_value, ran) in enumerate(rows):
         kept = number == selection.index
         verdict = "shown" if p_value <= control.delta else "not shown"
         table.add_row(
-            f"{threshold:.4f}", f"{loss:.4f}", f"{p_value:.2g}", verdict, f"{ran:.1f}", style="bold" if kept else ""
+            f"{setting:.4f}" if report.setting == "threshold" else f"{setting:.0f}",
+            f"{loss:.4f}",
+            f"{p_value:.2g}",
+            verdict,
+            f"{ran:.1f}",
+            style="bold" if kept else "",
         )
     certificate = report.policy.certificate
     if certificate is None:
         needed = selection.needed_sequences
-        said = f"no threshold qualifies: {selection.status.remedy}"
+        said = (
+            f"no {'setting' if report.setting != 'threshold' else report.setting} qualifies: {selection.status.remedy}"
+        )
         said += f" (about {needed:,} texts would do at this mean loss)" if needed else ""
     else:
         said = f"kept: {certificate.promise}; certified on text from {report.sources} documents"
-    expected = f"expected by measured times, one text at a time: {report.choice.speed:.2f} times plain decoding"
+    expected = "expected speed: measure it with restpoint bench --exits"
+    if report.choice is not None:
+        expected = f"expected by measured times, one text at a time: {report.choice.speed:.2f} times plain decoding"
     return Group(table, Text(said), Text(expected, style="dim"))
+
+
+def _exits(rule: "Rule") -> str:
+    """Which exits a table of calibration is about."""
+    from restpoint.exit.rules import LayerSkipRule, PositionRule
+
+    if isinstance(rule, LayerSkipRule):
+        return "Evenly spaced layers left out"
+    if isinstance(rule, PositionRule):
+        return f"Depth falls from {rule.first} layers to the last layer over {rule.length} new tokens"
+    return f"Exits after layer {' or '.join(str(layer) for layer in rule.candidates(sys.maxsize))}"
 
 
 def train_table(report: "TrainReport") -> RenderableType:
@@ -279,14 +299,15 @@ def calibrate_json(report: "CalibrateReport") -> str:
     certificate = report.policy.certificate
     found = {
         "status": str(report.selection.status),
-        "thresholds": report.thresholds,
+        "setting": report.setting,
+        "settings": report.settings,
         "mean_losses": report.mean_losses,
         "p_values": report.selection.p_values,
         "depths": report.depths,
         "needed_sequences": report.selection.needed_sequences,
         "rule": report.policy.rule.described(),
         "certificate": None if certificate is None else asdict(certificate),
-        "expected_speed": report.choice.speed,
+        "expected_speed": None if report.choice is None else report.choice.speed,
     }
     return json.dumps(found, indent=1)
 

@@ -216,7 +216,7 @@ class Decoder:
             raise RestpointError(
                 "exits: the profile has none; calibrate some with: restpoint calibrate MODEL --profile FOLDER"
             )
-        needed = {name: getattr(self.capabilities, name) for name in ("depth", "exit", "cached", "resume", "rollback")}
+        needed = {name: getattr(self.capabilities, name) for name in policy.rule.needed}
         for name, found in needed.items():
             if not found.supported:
                 raise RestpointError(f"exits: this model cannot exit early ({name}: {found.reason}); decode it plainly")

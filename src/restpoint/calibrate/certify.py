@@ -1,29 +1,18 @@
 """Decode with exits for real, and hold every token against the full model on the same text."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from restpoint.decode.loop import Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
-from restpoint.errors import RestpointError
-from restpoint.exit.choice import LayerChoice
 from restpoint.exit.engine import ExitTarget
 from restpoint.exit.losses import Loss, Outcome, checked
 from restpoint.model.layered import LayeredModel
-from restpoint.tensors import save
-
-Progress = Callable[[str, int, int], None]
-
-_PARTIAL = "calibration.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +22,7 @@ class Decoded:
     Attributes:
         outcomes: of each text, beside the full model; None where the text ended before any token could exit.
         layer_calls: layers run after the prompts, for all texts of a batch at once.
-        tokens: new tokens after the first ones.
+        tokens: new tokens that could exit: all but the first ones, and these too where prompts leave out layers.
         mean_depth: layers behind the law of a token, on average.
     """
 
@@ -49,7 +38,8 @@ def decode_with_exits(
 ) -> Decoded:
     """Continue prompts greedily with exits, then score each text once with the full model.
 
-    The first new token of a text comes with the prompt's own pass, at full depth, and is left out.
+    The first new token of a text comes with the prompt's own pass. It is left out where that runs at full depth, and
+    counts where layers are left out of prompts too.
 
     Args:
         target: decodes.
@@ -72,7 +62,7 @@ def decode_with_exits(
             for row, turn in rounds.items():
                 kept = texts[row].logits
                 assert kept is not None
-                if number:
+                if number or target.skip:
                     logs[row].append(kept[-1].float().log_softmax(-1)[turn.tokens[-1]])
                     tokens += 1
                     depths += turn.depth
@@ -111,74 +101,3 @@ def _outcomes(layered: LayeredModel, texts: Sequence[Text], logs: Sequence[list[
 def losses_of(decoded: Decoded, loss: Loss) -> np.ndarray:
     """The loss of every text; a text without a token that could exit loses nothing."""
     return np.array([0.0 if outcome is None else checked(loss, outcome) for outcome in decoded.outcomes])
-
-
-class Kept:
-    """A calibration that is under way, on disk: it goes on from there after an interruption.
-
-    Args:
-        folder: of the profile.
-        recipe: of the calibration; what another one left is refused.
-
-    Attributes:
-        choice: of layers; None where none was made yet.
-        done: by threshold, losses of all texts and mean depth.
-
-    Raises:
-        RestpointError: the folder holds an unfinished calibration of something else.
-    """
-
-    def __init__(self, folder: Path, recipe: dict[str, Any]):
-        self.path = folder / _PARTIAL
-        self.recipe = json.dumps(recipe, sort_keys=True)
-        self.choice: LayerChoice | None = None
-        self.done: dict[float, tuple[np.ndarray, float]] = {}
-        self._readers = ""
-        if not self.path.exists():
-            return
-        with safe_open(self.path, "numpy") as file:
-            about = json.loads(file.metadata()["about"])
-            if about["recipe"] != self.recipe:
-                raise self._other()
-            choice = about["choice"]
-            self.choice = LayerChoice(**{**choice, "layers": tuple(choice["layers"])})
-            self._readers = about["readers"]
-            for threshold, depth in about["done"]:
-                self.done[threshold] = file.get_tensor(repr(threshold)), depth
-
-    def begin(self, choice: LayerChoice, readers: str) -> None:
-        """Keep what all thresholds have in common.
-
-        Raises:
-            RestpointError: what was begun read states in another way.
-        """
-        if self._readers not in ("", readers):
-            raise self._other()
-        self.choice, self._readers = choice, readers
-        self._write()
-
-    def add(self, threshold: float, losses: np.ndarray, depth: float) -> None:
-        """Keep what a threshold came to."""
-        self.done[threshold] = losses, depth
-        self._write()
-
-    def remove(self) -> None:
-        """The calibration is finished."""
-        self.path.unlink(missing_ok=True)
-
-    def _write(self) -> None:
-        assert self.choice is not None
-        about = {
-            "recipe": self.recipe,
-            "choice": asdict(self.choice),
-            "readers": self._readers,
-            "done": [[threshold, depth] for threshold, (_, depth) in self.done.items()],
-        }
-        tensors = {repr(threshold): torch.from_numpy(losses) for threshold, (losses, _) in self.done.items()}
-        save(self.path, tensors, {"about": json.dumps(about)})
-
-    def _other(self) -> RestpointError:
-        return RestpointError(
-            f"output: {self.path.parent} holds an unfinished calibration of other text, options or model; finish that "
-            f"one, remove {_PARTIAL}, or give another folder"
-        )

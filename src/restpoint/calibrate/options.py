@@ -1,9 +1,14 @@
 """What to calibrate, as options of the library and of the command line; torch is not needed for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from restpoint.errors import RestpointError
 from restpoint.flags import Flag, Layers, Number
+
+_SIGNAL = ("signal", "most_layers", "catch_up")
+_READ = ("layers", "lens", "read_layers", "refine", "features", "vocabulary", "fit_tokens")
+_IDLE = {"threshold": (), "position": _SIGNAL, "layer-skip": (*_SIGNAL, *_READ)}
+"""Rules that can be calibrated, with the options that each makes no use of."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +16,8 @@ class ReadOptions:
     """What exits read, and on which text that is fitted."""
 
     layers: Layers = ()
-    """Layers to stop after; chosen by expected speed, from half to three quarters of the depth, if left out."""
+    """Layers to stop after; chosen by expected speed, from half to three quarters of the depth, if left out. Of rule
+    position the last layers to try; from half of the depth on if left out."""
     lens: Flag = False
     """Emit the logit lens at an exit instead of a predictor that is fitted first."""
     read_layers: int = 5
@@ -22,7 +28,7 @@ class ReadOptions:
     """Random features of that predictor; 0 for an affine map."""
     vocabulary: Number = None
     """Tokens that an exit may emit, the most frequent of the text: reading the head in part makes looks cheaper. 0 for
-    all; a quarter of all if left out."""
+    all; a quarter of all if left out, and all for rule position, where no token runs the whole depth."""
     fit_tokens: int = 150_000
     """Tokens of text to fit predictors on, at most."""
     prompt_tokens: int = 32
@@ -52,6 +58,9 @@ class ReadOptions:
 class CalibrateOptions(ReadOptions):
     """What loss is tolerated, how rarely it may be more, and how exits are chosen."""
 
+    rule: str = "threshold"
+    """Which tokens stop early: threshold (those that a signal is sure of), position (the later in the text, the
+    earlier, down to a last layer) or layer-skip (none; evenly spaced layers are left out of all)."""
     loss: str = "disagreement"
     """What counts as a loss, of one text, in [0, 1]: disagreement (share of tokens that are not the full model's after
     the same prefix) or perplexity-increase (mean loss of log-probability, clipped at 1 nat)."""
@@ -79,6 +88,16 @@ class CalibrateOptions(ReadOptions):
                 raise RestpointError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.catch_up not in ("exact", "propagated"):
             raise RestpointError(f"catch_up is {self.catch_up!r}; choose exact or propagated")
+        if self.rule not in _IDLE:
+            raise RestpointError(f"rule is {self.rule!r}; choose {', '.join(list(_IDLE)[:-1])} or {list(_IDLE)[-1]}")
+        for one in fields(self):
+            if one.name in _IDLE[self.rule] and (value := getattr(self, one.name)) != one.default:
+                raise RestpointError(f"{one.name} is {value}; rule {self.rule} makes no use of it: leave it out")
+
+    @property
+    def fits(self) -> bool:
+        """Whether readouts are fitted."""
+        return not self.lens and self.rule != "layer-skip"
 
 
 @dataclass(frozen=True)

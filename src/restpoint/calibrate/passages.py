@@ -44,7 +44,8 @@ def deal(
     Args:
         texts: documents.
         tokenizer: of the model.
-        options: how long prompts are, and how much text is fitted on.
+        options: how long prompts are, and how much text is fitted on; where there is none to fit or to tune on, all
+            documents are to judge on.
         tune: prompts to tune on, at most; a quarter of them will do.
         judge: prompts to judge on, exactly.
 
@@ -56,7 +57,7 @@ def deal(
     fit_tokens = 0
     for number, text in enumerate(texts):
         ids = list(tokenizer(text).input_ids)
-        role = _DEALT[number % len(_DEALT)]
+        role = _DEALT[number % len(_DEALT)] if tune or options.fit_tokens else "judge"
         digest.update(text.encode())
         dealt.documents.append(document_hash(text))
         if role == "fit":

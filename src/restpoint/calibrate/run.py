@@ -5,27 +5,26 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 import transformers
 
-from restpoint.calibrate.certify import Kept, decode_with_exits, losses_of
-from restpoint.calibrate.options import CalibrateOptions
+from restpoint.calibrate.certify import decode_with_exits, losses_of
+from restpoint.calibrate.kept import Kept
+from restpoint.calibrate.kept_readout import forget_readout
+from restpoint.calibrate.ladders import check_rule, ladder_of
+from restpoint.calibrate.options import CalibrateOptions, ReadOptions
 from restpoint.calibrate.passages import Passages, deal
-from restpoint.calibrate.readers import candidate_layers, fit_readout
-from restpoint.calibrate.tuning import Tuning
 from restpoint.errors import RestpointError
 from restpoint.exit.choice import LayerChoice
 from restpoint.exit.losses import Loss
 from restpoint.exit.losses import loss as named_loss
 from restpoint.exit.names import named
 from restpoint.exit.policy import Certificate, ExitPolicy
-from restpoint.exit.radius import RestRadius
 from restpoint.exit.registry import FITTED, SIGNALS
 from restpoint.exit.risk import RiskControl, Selection, minimum_sequences, select
-from restpoint.exit.rules import CatchUp, ThresholdRule
+from restpoint.exit.rules import LayerSkipRule, Rule, ThresholdRule
 from restpoint.exit.shift import ShiftMonitor
 from restpoint.model.check import check
 from restpoint.model.fingerprint import fingerprint
@@ -45,11 +44,13 @@ class CalibrateReport:
     """A finished calibration.
 
     Attributes:
-        profile: what was written; its exits have a certificate only where a threshold qualified.
+        profile: what was written; its exits have a certificate only where a setting qualified.
         policy: the exits that were certified, or the safest that were tried.
         selection: what the tests came to.
-        choice: layers and threshold that the tuning text suggested, with the expected speed.
-        thresholds: that were decoded with, from safe to fast.
+        choice: layers and threshold that the tuning text suggested, with the expected speed; None of rules that ask no
+            signal.
+        setting: what was varied: ``threshold``, ``last layer`` or ``layers left out``.
+        settings: that were decoded with, from safe to fast.
         mean_losses: of each.
         depths: of each, layers behind the law of a new token, on average.
         sources: documents that the certified texts come from.
@@ -58,8 +59,9 @@ class CalibrateReport:
     profile: Profile
     policy: ExitPolicy
     selection: Selection
-    choice: LayerChoice
-    thresholds: tuple[float, ...]
+    choice: LayerChoice | None
+    setting: str
+    settings: tuple[float, ...]
     mean_losses: tuple[float, ...]
     depths: tuple[float, ...]
     sources: int
@@ -80,6 +82,9 @@ def calibrate_exits(
     text of its own, on which the signal is fitted, the layers are chosen by expected speed, and thresholds from safe to
     fast are named. The third part certifies: every threshold in turn *decodes* with exits for real, each token is held
     against the full model after the same prefix, and testing stops at the first threshold that fails.
+
+    Rules that ask no signal are certified by the same test, over the last layer or the number of layers left out;
+    documents that nothing is fitted or tuned on certify too.
 
     Args:
         loaded: model and tokenizer.
@@ -107,81 +112,80 @@ def calibrate_exits(
     loss = loss or named_loss(options.loss)
     named("signal", options.signal, {**SIGNALS, **{kind.kind: kind for kind in FITTED}})
     layered = layered_model(loaded.model)
-    capabilities = check(layered)
-    for name in ("depth", "exit", "cached", "resume", "rollback", "ragged"):
-        found = getattr(capabilities, name)
-        if not found.supported:
-            raise RestpointError(f"model: {loaded.name} cannot exit early ({name}: {found.reason})")
-    passages = deal(texts, loaded.tokenizer, options, tune=_TUNED, judge=options.sequences)
-    candidates = candidate_layers(layered.depth, options)
+    check_rule(layered.depth, options)
+    _check_model(loaded, layered, options)
+    tune = _TUNED if options.rule == ThresholdRule.kind else 0
+    dealing = options if tune or options.fits else ReadOptions(prompt_tokens=options.prompt_tokens, fit_tokens=0)
+    passages = deal(texts, loaded.tokenizer, dealing, tune=tune, judge=options.sequences)
     output = Path(output)
-    whole = options.signal == RestRadius.kind
-    readout = fit_readout(loaded, layered, passages.fit, candidates, options, output, report, whole_vocabulary=whole)
-    tuning = Tuning(layered, readout, passages.tune, options, report)
     mark = fingerprint(loaded.model, loaded.tokenizer)
     kept = Kept(output, {**asdict(options), "text": passages.text, "model": mark, "loss": loss_name})
-    # Layers are chosen by measured times, which differ from run to run: what was begun goes on with its own.
-    choice = kept.choice or tuning.choose(candidates)
-    layers, signal = choice.layers, tuning.signal(choice.layers)
-    predictors = {layer: own for layer, own in readout.predictors.items() if layer in layers}
-    policy = ExitPolicy(_rule(options, choice.threshold, layers), predictors, signal, readout.vocabulary)
-    kept.begin(choice, policy.readers)
+    ladder = ladder_of(loaded, layered, passages, options, output, kept, report)
 
-    def run(threshold: float) -> tuple[np.ndarray, float]:
-        if threshold not in kept.done:
-            target = replace(policy, rule=_rule(options, threshold, layers)).target(layered)
+    def run(setting: float) -> tuple[np.ndarray, float]:
+        if setting not in kept.done:
+            target = ladder.policy(setting).target(layered)
             decoded = decode_with_exits(target, passages.judge, options.new_tokens, loaded.end_tokens(), options.batch)
-            kept.add(threshold, losses_of(decoded, loss), decoded.mean_depth)
-        return kept.done[threshold]
+            kept.add(setting, losses_of(decoded, loss), decoded.mean_depth)
+        return kept.done[setting]
 
-    columns, depths, selection = _test(run, tuning.thresholds(layers, signal), control, report)
+    columns, depths, selection = _test(run, ladder.settings, control, report)
     tried = tuple(columns)
     chosen = 0 if selection.index is None else selection.index
-    policy = replace(policy, rule=_rule(options, tried[chosen], layers))
+    policy = ladder.policy(tried[chosen])
     exits = None
     if selection.index is not None:
-        exits = policy = replace(
-            policy,
-            certificate=_certificate(layered, policy, selection, passages, options, loss_name, tried, depths[chosen]),
-            monitor=_monitor(layered, policy, passages.judge, options.batch),
+        certificate = _certificate(
+            layered, policy, selection, passages, options, loss_name, ladder.setting, tried, depths[chosen]
         )
+        monitor = None if policy.signal is None else _monitor(layered, policy, passages.judge, options.batch)
+        exits = policy = replace(policy, certificate=certificate, monitor=monitor)
     profile = replace(profile, exits=exits)
     profile.save(output)
     kept.remove()
+    forget_readout(output)
     means = tuple(float(losses.mean()) for losses in columns.values())
-    return CalibrateReport(profile, policy, selection, choice, tried, means, depths, passages.sources)
+    return CalibrateReport(
+        profile, policy, selection, ladder.choice, ladder.setting, tried, means, depths, passages.sources
+    )
+
+
+def _check_model(loaded: Loaded, layered: LayeredModel, options: CalibrateOptions) -> None:
+    """Refuse a model that cannot be decoded by such a rule, in batches."""
+    capabilities = check(layered)
+    kind: type[Rule] = LayerSkipRule if options.rule == LayerSkipRule.kind else ThresholdRule
+    for name in (*kind.needed, "ragged"):
+        found = getattr(capabilities, name)
+        if not found.supported:
+            raise RestpointError(f"model: {loaded.name} cannot exit early ({name}: {found.reason})")
 
 
 def _test(
     run: Callable[[float], tuple[np.ndarray, float]],
-    thresholds: Sequence[float],
+    settings: Sequence[float],
     control: RiskControl,
     report: Progress,
 ) -> tuple[dict[float, np.ndarray], tuple[float, ...], Selection]:
-    """Decode with one threshold after the other, until one fails: losses, mean depths, and the outcome.
+    """Decode with one setting after the other, until one fails: losses, mean depths, and the outcome.
 
     Args:
-        run: decodes with a threshold: losses of all texts, and mean depth of a token.
-        thresholds: from safe to fast, at least one.
+        run: decodes with a setting: losses of all texts, and mean depth of a token.
+        settings: from safe to fast, at least one.
         control: what is to be shown.
         report: told of the progress.
     """
     columns: dict[float, np.ndarray] = {}
     depths: list[float] = []
     while True:
-        report("certify", len(columns), len(thresholds))
-        threshold = thresholds[len(columns)]
-        columns[threshold], depth = run(threshold)
+        report("certify", len(columns), len(settings))
+        setting = settings[len(columns)]
+        columns[setting], depth = run(setting)
         depths.append(depth)
         selection = select(np.stack(list(columns.values()), 1), control)
         passed = selection.index == len(columns) - 1
-        if not passed or len(columns) == len(thresholds):
-            report("certify", len(thresholds), len(thresholds))
+        if not passed or len(columns) == len(settings):
+            report("certify", len(settings), len(settings))
             return columns, tuple(depths), selection
-
-
-def _rule(options: CalibrateOptions, threshold: float, layers: tuple[int, ...]) -> ThresholdRule:
-    return ThresholdRule(options.signal, threshold, layers, catch_up=cast(CatchUp, options.catch_up))
 
 
 def _certificate(
@@ -191,7 +195,8 @@ def _certificate(
     passages: Passages,
     options: CalibrateOptions,
     loss: str,
-    thresholds: tuple[float, ...],
+    setting: str,
+    settings: tuple[float, ...],
     mean_depth: float,
 ) -> Certificate:
     return Certificate(
@@ -204,7 +209,8 @@ def _certificate(
         new_tokens=options.new_tokens,
         mean_loss=selection.mean_loss,
         upper_bound=selection.upper_bound,
-        thresholds=thresholds,
+        setting=setting,
+        settings=settings,
         mean_depth=mean_depth,
         dtype=str(layered.dtype).removeprefix("torch."),
         readers=policy.readers,

@@ -88,13 +88,14 @@ class ExitTarget(LayeredTarget):
         self.readout = readout
         self.signal = signal
         self.skip = rule.skipped(layered.depth)
+        self._whole = layered.depth - len(self.skip)
         self._candidates = rule.candidates(layered.depth)
         self._rows: list[_Row] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
         """See :meth:`Target.prefill`."""
         self._rows = [_Row() for _ in prompts]
-        return super().prefill(prompts)
+        return [replace(scored, depth=self._whole) for scored in super().prefill(prompts)]
 
     def score(self, pending: Sequence[int], drafts: Sequence[Draft]) -> list[Scored]:
         """See :meth:`Target.score`; drafts must be empty."""
@@ -125,7 +126,7 @@ class ExitTarget(LayeredTarget):
         if number == len(self._candidates):
             rest = group.newest(layered.run(group.plan, done, hidden=group.state, skip=self.skip))
             logits = layered.logits(rest[:, None])
-            scored |= {row: Scored(own, None) for row, own in zip(group.rows, logits, strict=True)}
+            scored |= {row: Scored(own, None, self._whole) for row, own in zip(group.rows, logits, strict=True)}
             return
         layer = self._candidates[number]
         kept: list[Tensor] = []

@@ -40,7 +40,8 @@ class Certificate:
         new_tokens: of each.
         mean_loss: that was measured.
         upper_bound: least bound that the test would have passed; at most epsilon.
-        thresholds: tested, from safe to fast; the last one that passed is the rule's.
+        setting: what was varied: ``threshold``, ``last layer`` or ``layers left out``.
+        settings: tested, from safe to fast; the last one that passed is the rule's.
         mean_depth: layers behind the law of a new token during the calibration; also layers run for it where one text
             is decoded with exact catch-up.
         dtype: of the model.
@@ -60,7 +61,8 @@ class Certificate:
     new_tokens: int
     mean_loss: float
     upper_bound: float
-    thresholds: tuple[float, ...]
+    setting: str
+    settings: tuple[float, ...]
     mean_depth: float
     dtype: str
     readers: str
@@ -169,17 +171,11 @@ class ExitPolicy:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A JSON-able description and tensors for safetensors; `from_state` reads them."""
-        tensors: dict[str, Tensor] = {}
-        configs: dict[str, Any] = {}
-        for layer, predictor in self.predictors.items():
-            configs[str(layer)], own = predictor.state()
-            tensors |= {f"predictors/{layer}/{name}": value.to(torch.bfloat16) for name, value in own.items()}
+        configs, tensors = readout_state(self.predictors, self.vocabulary)
         signal = None
         if self.signal is not None:
             signal, own = self.signal.state()
             tensors |= {f"signal/{name}": value for name, value in own.items()}
-        if self.vocabulary is not None:
-            tensors["vocabulary"] = self.vocabulary
         described = {
             "rule": self.rule.described(),
             "predictors": configs,
@@ -196,26 +192,50 @@ class ExitPolicy:
         Raises:
             RestpointError: a part is of an unknown kind or missing.
         """
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
         certificate = described["certificate"]
         if certificate is not None:
-            lists = {name: tuple(certificate[name]) for name in ("thresholds", "documents")}
+            certificate = dict(certificate)
+            if "thresholds" in certificate:  # certificates of before other rules could be certified
+                certificate |= {"setting": "threshold", "settings": certificate.pop("thresholds")}
+            lists = {name: tuple(certificate[name]) for name in ("settings", "documents")}
             certificate = Certificate(**{**certificate, **lists})
         monitor = described["monitor"]
+        predictors, vocabulary = readout_from(described["predictors"], tensors)
         return cls(
             rule=Rule.from_described(described["rule"]),
-            predictors={
-                int(layer): Predictor.from_state(config, under(f"predictors/{layer}/")).to(dtype=torch.float32)
-                for layer, config in described["predictors"].items()
-            },
-            signal=None if described["signal"] is None else restored(described["signal"], under("signal/")),
-            vocabulary=tensors.get("vocabulary"),
+            predictors=predictors,
+            signal=None if described["signal"] is None else restored(described["signal"], _under("signal/", tensors)),
+            vocabulary=vocabulary,
             certificate=certificate,
             monitor=None if monitor is None else ShiftMonitor.from_json(monitor),
         )
+
+
+def readout_state(
+    predictors: Mapping[int, Predictor], vocabulary: Tensor | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a `Readout` is made of: JSON-able, by layer, and tensors, maps in bfloat16; `readout_from` reads them."""
+    tensors: dict[str, Tensor] = {} if vocabulary is None else {"vocabulary": vocabulary}
+    configs: dict[str, Any] = {}
+    for layer, predictor in predictors.items():
+        configs[str(layer)], own = predictor.state()
+        tensors |= {f"predictors/{layer}/{name}": value.to(torch.bfloat16) for name, value in own.items()}
+    return configs, tensors
+
+
+def readout_from(
+    configs: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[int, Predictor], Tensor | None]:
+    """Predictors by layer, in float32, and vocabulary that `readout_state` described."""
+    predictors = {
+        int(layer): Predictor.from_state(config, _under(f"predictors/{layer}/", tensors)).to(dtype=torch.float32)
+        for layer, config in configs.items()
+    }
+    return predictors, tensors.get("vocabulary")
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def rounded(predictor: Predictor) -> Predictor:

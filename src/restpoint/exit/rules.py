@@ -29,6 +29,8 @@ class Rule(ABC):
 
     kind: ClassVar[str] = ""
     papers: ClassVar[tuple[str, ...]] = ()
+    needed: ClassVar[tuple[str, ...]] = ("depth", "exit", "cached", "resume", "rollback")
+    """What a model must be able to do, as `restpoint.model.check.Capabilities` names it."""
     catch_up: CatchUp | None = None
     """How later tokens see those that stopped; None where no later token can need what is missing."""
 
@@ -218,6 +220,8 @@ class LayerSkipRule(Rule):
     kind: ClassVar[str] = "layer-skip"
     papers: ClassVar[tuple[str, ...]] = ("Liu et al. 2024, Unified Layer Skipping",)
 
+    needed: ClassVar[tuple[str, ...]] = ("depth", "skip", "cached", "rollback")
+
     speed: float
     """How many times fewer layers."""
 
@@ -232,6 +236,11 @@ class LayerSkipRule(Rule):
             raise RestpointError(
                 f"speed is {self.speed}: of {depth} layers fewer than 2 would remain; give at most {depth / 2}"
             )
+
+    @classmethod
+    def leaving_out(cls, count: int, depth: int) -> "LayerSkipRule":
+        """The rule that leaves out so many of a model's layers."""
+        return cls(depth / (depth - count))
 
     def skipped(self, depth: int) -> frozenset[int]:
         """See the class."""
