@@ -1,27 +1,36 @@
 """Calibration: text dealt out, losses held against the full model, certificates that bind, exits in use."""
 
+import copy
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from safetensors import safe_open
 
-from restpoint import bundled, cli
+from restpoint import bundled, cli, console
+from restpoint.calibrate import kept_readout, sweeping
 from restpoint.calibrate import run as calibration
-from restpoint.calibrate import sweeping
-from restpoint.calibrate.certify import decode_with_exits, losses_of
+from restpoint.calibrate.certify import Decoded, decode_with_exits, losses_of
 from restpoint.calibrate.kept import Kept
+from restpoint.calibrate.kept_readout import readout_once
+from restpoint.calibrate.ladders import check_rule
 from restpoint.calibrate.options import CalibrateOptions, ReadOptions, SweepOptions
 from restpoint.calibrate.passages import deal
 from restpoint.calibrate.readers import candidate_layers, fit_readout, state_layers
 from restpoint.calibrate.run import CalibrateReport, calibrate_exits
 from restpoint.calibrate.sweeping import sweep_exits
 from restpoint.decode.settings import SamplingSettings
+from restpoint.equilibrium.affine import AffineMap
+from restpoint.equilibrium.predictors import AffinePredictor
 from restpoint.errors import RestpointError
 from restpoint.evaluate.options import BenchOptions
 from restpoint.evaluate.speed import bench
@@ -310,6 +319,7 @@ def test_what_cannot_be_calibrated_is_refused(reference: Loaded, profile: Profil
     ):
         with pytest.raises(RestpointError, match=message):
             calibrate_exits(reference, bundled.fit_texts(), profile, replace(SMALL, **options), tmp_path)
+    by_place = CalibrateOptions(rule="position")
     for message, make in (
         (r"^new_tokens is 1", lambda: ReadOptions(new_tokens=1)),
         (r"^batch is 0", lambda: ReadOptions(batch=0)),
@@ -317,6 +327,14 @@ def test_what_cannot_be_calibrated_is_refused(reference: Loaded, profile: Profil
         (r"^refine is -1", lambda: ReadOptions(refine=-1)),
         (r"^read_layers is 0", lambda: ReadOptions(read_layers=0)),
         (r"^layers is \(3, 2\)", lambda: ReadOptions(layers=(3, 2))),
+        (r"^rule is 'coin'; choose threshold, position or layer-skip", lambda: CalibrateOptions(rule="coin")),
+        (r"^signal is kl; rule position", lambda: CalibrateOptions(rule="position", signal="kl")),
+        (r"^lens is True; rule layer-skip", lambda: CalibrateOptions(rule="layer-skip", lens=True)),
+        (r"^layers is \(8,\); rule layer-skip", lambda: CalibrateOptions(rule="layer-skip", layers=(8,))),
+        (r"^layers is \(0, 3\); by position", lambda: check_rule(16, replace(by_place, layers=(0, 3)))),
+        (r"^layers is \(3, 16\); by position", lambda: check_rule(16, replace(by_place, layers=(3, 16)))),
+        (r"^rule is position: of 1 layer", lambda: check_rule(1, by_place)),
+        (r"^rule is layer-skip: of 2 layers", lambda: check_rule(2, CalibrateOptions(rule="layer-skip"))),
         (r"^catch_up is 'late'", lambda: CalibrateOptions(catch_up="late")),
         (r"^most_layers is 0", lambda: CalibrateOptions(most_layers=0)),
         (r"^sequences is 1", lambda: SweepOptions(sequences=1)),
@@ -342,6 +360,246 @@ def test_kept_losses_are_of_one_recipe(tmp_path: Path) -> None:
         again.begin(choice, "others")
     with pytest.raises(RestpointError, match=r"^output: "):
         Kept(tmp_path, {"seed": 2})
+
+
+# --- scores ---
+
+PLAIN = CalibrateOptions(epsilon=0.8, sequences=30, prompt_tokens=8, new_tokens=6, batch=30)
+
+
+def judged(loaded: Loaded) -> list[list[int]]:
+    """Prompts that certify where nothing is fitted or tuned: every 32 tokens of each document, from the first on."""
+    found = [
+        ids[start : start + 8]
+        for ids in (loaded.tokenizer(text).input_ids for text in islice(bundled.fit_texts(), 30))
+        for start in range(0, len(ids) - 7, 32)
+    ]
+    return found[:30]
+
+
+def test_a_drop_of_the_score_is_certified(
+    reference: Loaded, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The score of the text with exits, beside that of the text that transformers writes from the same prompt."""
+    given: list[tuple[list[int], list[int]]] = []
+
+    def evenness(prompt: list[int], tokens: list[int]) -> float:
+        given.append((prompt, tokens))
+        return sum(token % 2 == 0 for token in tokens) / len(tokens)
+
+    options = replace(PLAIN, rule="layer-skip", loss="score-drop", epsilon=0.5, new_tokens=8)
+    decode = calibration.decode_with_exits
+    found: list[Decoded] = []
+
+    def stopping(*arguments: Any) -> Decoded:
+        if len(found) == 1:
+            found.clear()
+            raise KeyboardInterrupt
+        found.append(decode(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(calibration, "decode_with_exits", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_exits(reference, bundled.fit_texts(), profile, options, tmp_path, score=evenness)
+    first, given = given, []
+    monkeypatch.setattr(calibration, "decode_with_exits", lambda *own: found.append(decode(*own)) or found[-1])
+    report = calibrate_exits(reference, bundled.fit_texts(), profile, options, tmp_path, score=evenness)
+    prompts = judged(reference)
+    ends = sorted(reference.end_tokens())
+    alone = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        text = reference.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=ends,
+            pad_token_id=ends[0],
+        )  # fmt: skip
+        alone.append(text[0, 8:].tolist())
+    assert first[:30] == list(zip(prompts, alone, strict=True))
+    assert [prompt for prompt, _ in first[30:]] == prompts
+    assert len(given) == 30 * len(found), "neither the full texts nor the first setting's are scored again"
+    drops = [
+        max(0.0, sum(token % 2 == 0 for token in full) / len(full) - sum(token % 2 == 0 for token in own) / len(own))
+        for full, (_, own) in zip(alone, first[30:], strict=True)
+    ]
+    assert sum(drops) > 0
+    assert report.mean_losses[0] == pytest.approx(sum(drops) / 30)
+    for number, decoded in enumerate(found):
+        assert decoded.texts == [tokens for _, tokens in given[30 * number : 30 * number + 30]]
+    certificate = report.policy.certificate
+    assert certificate is not None
+    assert certificate.loss == "score-drop of evenness"
+
+
+def test_scores_that_are_refused(
+    reference: Loaded, profile: Profile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def two(prompt: list[int], tokens: list[int]) -> float:
+        return 2.0
+
+    skip = replace(PLAIN, rule="layer-skip", new_tokens=2)
+    for message, options, score in (
+        (r"^loss: score-drop needs a score of each text, which only Python", replace(skip, loss="score-drop"), None),
+        (r"^score: the loss disagreement reads none", skip, two),
+        (r"^score: two gave 2.0; scores must lie in \[0, 1\]", replace(skip, loss="score-drop"), two),
+    ):
+        with pytest.raises(RestpointError, match=message):
+            calibrate_exits(reference, bundled.fit_texts(), profile, options, tmp_path, score=score)
+    assert cli.main(["calibrate", "--loss", "score-drop"]) == 2
+    assert "score-drop needs a score of each text, which only Python can give" in capsys.readouterr().err
+
+
+# --- other rules ---
+
+
+def shown(report: CalibrateReport) -> str:
+    table = Console(width=120, record=True, file=io.StringIO())
+    table.print(console.calibrate_table(report))
+    return table.export_text()
+
+
+def test_layer_skipping_is_certified_on_all_new_tokens(reference: Loaded, profile: Profile, tmp_path: Path) -> None:
+    """Against transformers with these layers taken out, of the prompt and of the first new token too."""
+    options = replace(PLAIN, rule="layer-skip")
+    report = calibrate_exits(reference, bundled.fit_texts(), profile, options, tmp_path)
+    assert (report.setting, report.choice) == ("layers left out", None)
+    assert report.settings == tuple(float(count) for count in range(1, len(report.settings) + 1))
+    assert len(report.settings) >= 2
+    prompts = torch.tensor(judged(reference))
+    for place, count in enumerate(report.settings[:2]):
+        kept = {round(index * 15 / (15 - int(count))) for index in range(16 - int(count))}
+        assert len(kept) == 16 - count
+        shorter = copy.deepcopy(reference.model)
+        shorter.model.layers = torch.nn.ModuleList(shorter.model.layers[layer] for layer in sorted(kept))
+        ids = prompts
+        for _ in range(6):
+            ids = torch.cat([ids, shorter(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        full = reference.model(ids).logits[:, 7:-1].argmax(-1)
+        ends = [ended(row, reference) for row in ids[:, 8:].tolist()]
+        wrong = [(ids[row, 8:] != full[row])[: ends[row]].double().mean() for row in range(30)]
+        assert report.mean_losses[place] == pytest.approx(float(torch.stack(wrong).mean()), abs=1e-9)
+        assert report.depths[place] == 16 - count
+    if report.selection.index is not None:
+        certificate = report.policy.certificate
+        assert certificate is not None
+        assert (certificate.setting, certificate.settings) == ("layers left out", report.settings)
+        assert report.policy.monitor is None
+        loaded = Profile.load(tmp_path).exits
+        assert loaded is not None
+        assert (loaded.certificate, loaded.rule) == (certificate, report.policy.rule)
+        decoder = Decoder(reference, Profile.load(tmp_path), exits=True)
+        assert decoder.unfamiliar([5] * 20) is None
+        calls = decoder.generate(judged(reference)[0], max_tokens=5, ignore_end=True).statistics.layers_per_token
+        assert calls == 16 - report.settings[report.selection.index]
+    assert "layers left out" in shown(report)
+    assert "Evenly spaced layers left out, from safe to fast" in shown(report)
+
+
+def ended(tokens: list[int], loaded: Loaded) -> int:
+    """How many of the tokens a text has that an end token ends."""
+    return next((place + 1 for place, token in enumerate(tokens) if token in loaded.end_tokens()), len(tokens))
+
+
+def test_exits_by_position_are_certified(reference: Loaded, profile: Profile, tmp_path: Path) -> None:
+    """Against hidden states of transformers: nothing that was skipped is needed later, so they are the full model's."""
+    options = replace(PLAIN, rule="position", lens=True)
+    report = calibrate_exits(reference, bundled.fit_texts(), profile, options, tmp_path)
+    assert (report.setting, report.choice) == ("last layer", None)
+    assert report.settings == tuple(float(layer) for layer in range(15, 15 - len(report.settings), -1))
+    assert len(report.settings) >= 2
+    for place, last in enumerate(report.settings[:2]):
+        ids = torch.tensor(judged(reference))
+        for number in range(6):
+            # Depth 16 of the prompt's pass; then linearly down to the last layer at the sixth token, rounded down.
+            depth = math.floor(16 + (last - 16) * number / 5 + 1e-9)
+            out = reference.model(ids, output_hidden_states=True)
+            states = out.hidden_states[depth][:, -1]
+            logits = out.logits[:, -1]
+            if depth < 16:
+                logits = reference.model.lm_head(reference.model.model.norm(states))
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        full = reference.model(ids).logits[:, 7:-1].argmax(-1)
+        ends = [ended(row, reference) for row in ids[:, 8:].tolist()]
+        wrong = [
+            (ids[row, 9:] != full[row, 1:])[: ends[row] - 1].double().mean() if ends[row] > 1 else torch.zeros(())
+            for row in range(30)
+        ]
+        assert report.mean_losses[place] == pytest.approx(float(sum(wrong)) / 30, abs=1e-9)
+    assert "last layer" in shown(report)
+    if report.selection.index is not None:
+        exits = Profile.load(tmp_path).exits
+        assert exits is not None
+        assert exits.rule == PositionRule(16, int(report.settings[report.selection.index]), 6)
+        assert exits.monitor is None
+
+
+def test_a_readout_is_fitted_once(
+    reference: Loaded, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(PLAIN, rule="position", layers=(14,), read_layers=1, refine=2, fit_tokens=12_000)
+    texts = list(islice(bundled.fit_texts(), 120))
+    fitted: list[tuple[int, ...]] = []
+    fit, decode = kept_readout.fit_readout, calibration.decode_with_exits
+
+    def fitting(*args: Any, **named: Any) -> Readout:
+        fitted.append(args[3])
+        return fit(*args, **named)
+
+    def stopping(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept_readout, "fit_readout", fitting)
+    monkeypatch.setattr(calibration, "decode_with_exits", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_exits(reference, texts, profile, options, tmp_path)
+    assert fitted == [(14, 15)], "every depth down to the last layer occurs"
+    assert (tmp_path / "readout.safetensors").exists()
+    with safe_open(tmp_path / "readout.safetensors", "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    monkeypatch.setattr(calibration, "decode_with_exits", decode)
+    report = calibrate_exits(reference, texts, profile, options, tmp_path)
+    assert fitted == [(14, 15)]
+    assert report.policy.vocabulary is None, "no token runs the whole depth, so all must be within reach"
+    for layer in (14, 15):
+        matrix = report.policy.predictors[layer].state()[1]["matrix"]
+        assert torch.equal(matrix, saved[f"predictors/{layer}/matrix"].float())
+    assert not (tmp_path / "readout.safetensors").exists()
+    assert not (tmp_path / "calibration.safetensors").exists()
+
+
+def test_a_kept_readout_is_of_one_recipe(reference: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layered = LayeredModel(reference.model)
+    generator = torch.Generator().manual_seed(0)
+    fitted: list[str] = []
+
+    def fitting(*_: Any, **__: Any) -> Readout:
+        fitted.append("")
+        matrix = torch.randn(256, 256, generator=generator).bfloat16().float()
+        affine = AffinePredictor((9,), AffineMap(matrix, torch.zeros(256)))
+        return Readout(layered, {9: affine}, torch.tensor([3, 5, 8]))
+
+    monkeypatch.setattr(kept_readout, "fit_readout", fitting)
+
+    def once(texts: list[str], options: ReadOptions, layers: tuple[int, ...] = (9,), **named: Any) -> Readout:
+        return readout_once(reference, layered, texts, layers, options, tmp_path, lambda *_: None, **named)
+
+    first = once(["one", "two"], ReadOptions())
+    again = once(["one", "two"], ReadOptions(batch=3))
+    assert len(fitted) == 1, "how many texts are decoded at once makes no difference to it"
+    assert torch.equal(again.predictors[9].state()[1]["matrix"], first.predictors[9].state()[1]["matrix"])
+    assert again.vocabulary is not None
+    assert again.vocabulary.tolist() == [3, 5, 8]
+    for number, differently in enumerate(
+        (
+            lambda: once(["one", "three"], ReadOptions()),
+            lambda: once(["one", "three"], ReadOptions(refine=5)),
+            lambda: once(["one", "three"], ReadOptions(refine=5), (8, 9)),
+            lambda: once(["one", "three"], ReadOptions(refine=5), (8, 9), whole_vocabulary=True),
+        ),
+        2,
+    ):
+        differently()
+        assert len(fitted) == number
+    assert not once(["one"], ReadOptions(lens=True)).predictors
 
 
 def test_a_fitted_calibration_emits_what_it_was_certified_with(

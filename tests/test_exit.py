@@ -256,6 +256,7 @@ def test_layer_skipping_is_the_model_without_these_layers() -> None:
             assert token == int(shorter(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
             ids.append(token)
     assert written.layer_calls == 13 * 3
+    assert written.depths == [[3] * len(tokens) for tokens in written.tokens]
 
 
 def test_thresholds_decay_as_in_the_paper() -> None:

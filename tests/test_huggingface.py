@@ -29,9 +29,13 @@ import restpoint
 from decoding import costs
 from families import VOCABULARY, build
 from restpoint import bundled, drafting
+from restpoint.decode.fusion import TreeSettings
 from restpoint.decode.loop import Round, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.errors import RestpointError
+from restpoint.exit.policy import ExitPolicy
+from restpoint.exit.rules import LayerSkipRule, PositionRule
+from restpoint.generate import Decoder
 from restpoint.huggingface import custom
 from restpoint.huggingface.custom import CustomGenerate, generate_fn
 from restpoint.model.load import Loaded
@@ -489,6 +493,100 @@ def test_wrong_options_are_refused(tiny: PreTrainedModel) -> None:
         generate_fn(verifier="blok")
     with pytest.raises(RestpointError, match="predictor needs a profile"):
         tiny.generate(ROWS[:1], max_new_tokens=4, custom_generate=generate_fn(drafters=["predictor"]))
+
+
+# --- early exits ---
+
+
+@pytest.fixture(scope="module")
+def exiting() -> CustomGenerate:
+    return generate_fn(Profile.load(bundled.PROFILE_PATH), exits=True)
+
+
+def test_exits_write_what_the_decoder_writes(
+    reference: Loaded, exiting: CustomGenerate, rounds: list[Round], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each row of a padded batch as it is decoded alone, which is tested against transformers."""
+    inputs = encoded(reference, PROMPTS)
+    ids = reference.model.generate(
+        **inputs, max_new_tokens=20, do_sample=False, eos_token_id=None, custom_generate=exiting
+    )
+    decoder = Decoder(reference, exiting.profile, exits=True)
+    for prompt, row in zip(PROMPTS, ids, strict=True):
+        alone = decoder.generate(prompt, max_tokens=20, ignore_end=True)
+        assert row[inputs.input_ids.shape[1] :].tolist() == alone.tokens
+    assert len(rounds) == 3 * 20, "each pass emits one token of every row"
+    depths = Counter(turn.depth for turn in rounds)
+    assert set(depths) == {*decoder.exits.rule.candidates(16), 16}, "some tokens stopped early, some did not"
+    assert "expected disagreement at most 0.05 with probability 0.9" in caplog.text
+
+
+def test_exits_end_and_stream_as_generate_does(reference: Loaded, exiting: CustomGenerate) -> None:
+    inputs = encoded(reference, PROMPTS[:1])
+    settings = {"max_new_tokens": 20, "do_sample": False, "custom_generate": exiting}
+    width = inputs.input_ids.shape[1]
+    whole = reference.model.generate(**inputs, **settings, eos_token_id=None)[0].tolist()
+    end = whole[width + 7]
+    place = whole.index(end, width)
+    streamer = Kept()
+    cut = reference.model.generate(**inputs, **settings, eos_token_id=end, streamer=streamer)
+    assert cut[0].tolist() == whole[: place + 1]
+    assert streamer.values == [[whole[:width]], *([token] for token in whole[width : place + 1]), ["end"]]
+    write = pipeline("text-generation", model=reference.model, tokenizer=reference.tokenizer)
+    told = write(PROMPTS[0], **settings, eos_token_id=None, return_full_text=False)
+    assert told[0]["generated_text"] == reference.tokenizer.decode(whole[width:], skip_special_tokens=True)
+
+
+def test_logits_are_of_the_law_that_is_emitted(tiny: PreTrainedModel) -> None:
+    """A depth by position: the first token at full depth, the others by the lens after layer 2, over some tokens."""
+    vocabulary = torch.arange(1, 90, 2)
+    policy = ExitPolicy(PositionRule(2, 2), vocabulary=vocabulary)
+    found = tiny.generate(
+        ROWS[:1], max_new_tokens=6, do_sample=False, custom_generate=generate_fn(exits=policy),
+        return_dict_in_generate=True, output_logits=True, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    out = tiny(found.sequences, output_hidden_states=True)
+    torch.testing.assert_close(found.logits[0][0], out.logits[0, 7], atol=1e-4, rtol=1e-4)
+    lens = tiny.lm_head(tiny.model.norm(out.hidden_states[2][0]))
+    for step in range(1, 6):
+        own = found.logits[step][0]
+        torch.testing.assert_close(own[vocabulary], lens[7 + step][vocabulary], atol=1e-4, rtol=1e-4)
+        assert int(own.isfinite().sum()) == len(vocabulary)
+        assert int(found.sequences[0, 8 + step]) == int(vocabulary[lens[7 + step][vocabulary].argmax()])
+
+
+def test_layers_are_left_out_of_rows_that_are_padded(tiny: PreTrainedModel) -> None:
+    policy = ExitPolicy(LayerSkipRule.leaving_out(1, 4))
+    mask = (ROWS != 0).long()
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    shorter = build("llama")
+    shorter.model.layers = torch.nn.ModuleList(layer for index, layer in enumerate(shorter.model.layers) if index != 1)
+    expected = shorter.generate(ROWS, **settings, pad_token_id=0, use_cache=False)
+    own = tiny.generate(ROWS, **settings, pad_token_id=0, custom_generate=generate_fn(exits=policy))
+    assert own.tolist() == expected.tolist()
+    assert own.tolist() != tiny.generate(ROWS, **settings, pad_token_id=0).tolist()
+
+
+def test_exits_that_are_refused(reference: Loaded, exiting: CustomGenerate) -> None:
+    profile = Profile.load(bundled.PROFILE_PATH)
+    for message, options in (
+        (r"^exits: early exits and drafters exclude", {"drafters": ["lookup"]}),
+        (r"^exits: early exits and drafters exclude", {"brought": {"mine": lambda target: None}}),
+        (r"^verifier: early exits draft nothing", {"verifier": "block"}),
+        (r"^tree: early exits draft nothing", {"tree": TreeSettings()}),
+        (r"^share: early exits draft nothing", {"share": True}),
+        (r"^draft_tokens: early exits draft nothing", {"draft_tokens": 3}),
+    ):
+        with pytest.raises(RestpointError, match=message):
+            generate_fn(profile, exits=True, **options)
+    with pytest.raises(RestpointError, match=r"^exits: the profile has none"):
+        generate_fn(exits=True)
+    inputs = encoded(reference, PROMPTS[:1])
+    with pytest.raises(RestpointError, match=r"^do_sample: early exits are certified for greedy decoding"):
+        reference.model.generate(**inputs, max_new_tokens=4, do_sample=True, custom_generate=exiting)
+    half = copy.deepcopy(reference.model).to(torch.bfloat16)
+    with pytest.raises(RestpointError, match=r"^dtype: the exits were calibrated in float32"):
+        half.generate(**inputs, max_new_tokens=4, do_sample=False, custom_generate=exiting)
 
 
 # --- what is kept ---

@@ -17,9 +17,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.calibrate.run import CalibrateReport
-    from restpoint.exit.rules import Rule
     from restpoint.calibrate.sweeping import SweepReport
     from restpoint.decode.loop import Round
+    from restpoint.exit.rules import Rule
     from restpoint.fit.run import FitReport
     from restpoint.generate import Decoder
     from restpoint.generation import Piece

@@ -17,6 +17,7 @@ from restpoint.decode.target import LayeredTarget, NativeTarget, Target
 from restpoint.decode.verifiers.registry import verifier as named_verifier
 from restpoint.drafting import Maker, drafting_for
 from restpoint.errors import RestpointError
+from restpoint.exit.chosen import chosen_policy, promised, refuse_drafters, require_exits
 from restpoint.exit.policy import ExitPolicy
 from restpoint.generation import Generation, Piece, Words
 from restpoint.model.check import Capabilities, check
@@ -97,14 +98,19 @@ class Decoder:
         if profile is not None:
             profile.require(loaded)
         if exits is not False:
-            drafters = _alone(drafters, brought, compile)
+            refuse_drafters(drafters, brought)
+            if compile is not False:
+                raise RestpointError("exits: compiled passes run all layers; leave compile or exits out")
+            drafters = ()
         self.loaded = loaded
         shared = None if isinstance(compile, bool) else compile
         self.layered = layered_model(loaded.model) if shared is None else shared.layered
         self.capabilities: Capabilities = check(self.layered)
         self.compiled = self._compile(progress) if compile is True else shared
         self.profile = profile
-        self.exits = self._exits(exits)
+        self.exits = chosen_policy(exits, None if profile is None else profile.exits)
+        if self.exits is not None:
+            require_exits(self.exits, self.layered, self.capabilities)
         self.verifier = named_verifier(verifier)
         names = DRAFTERS if drafters is None and profile is not None else tuple(drafters or ())
         self.drafting, self.notes = drafting_for(
@@ -119,7 +125,7 @@ class Decoder:
             self._single,
         )
         if self.exits is not None:
-            self.notes = [*self.notes, _said(self.exits)]
+            self.notes = [*self.notes, promised(self.exits)]
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that its tokenizer adds.
@@ -208,21 +214,6 @@ class Decoder:
             return None
         return self.exits.unfamiliar(self.layered, self.encode(prompt) if isinstance(prompt, str) else prompt)
 
-    def _exits(self, asked: "bool | ExitPolicy") -> ExitPolicy | None:
-        if asked is False:
-            return None
-        policy = asked if isinstance(asked, ExitPolicy) else None if self.profile is None else self.profile.exits
-        if policy is None:
-            raise RestpointError(
-                "exits: the profile has none; calibrate some with: restpoint calibrate MODEL --profile FOLDER"
-            )
-        needed = {name: getattr(self.capabilities, name) for name in policy.rule.needed}
-        for name, found in needed.items():
-            if not found.supported:
-                raise RestpointError(f"exits: this model cannot exit early ({name}: {found.reason}); decode it plainly")
-        policy.target(self.layered)
-        return policy
-
     def _compile(self, progress: Progress | None) -> CompiledModel:
         if not self.capabilities.drafts:
             reason = next(iter(self.capabilities.refused().values()))
@@ -271,24 +262,6 @@ def _refuse_unknown(options: TextOptions) -> None:
         if name in {one.name for one in fields(SamplingSettings)}:
             raise RestpointError(f"{name}: it belongs to the sampling; give sampling=SamplingSettings({name}=..)")
         raise RestpointError(f"{name}: there is no such option; there are {', '.join(known)}")
-
-
-def _alone(
-    drafters: Sequence[str] | None, brought: Mapping[str, Maker] | None, compile: "bool | CompiledModel"
-) -> tuple[str, ...]:
-    """Nobody drafts where tokens exit early."""
-    if drafters or brought:
-        raise RestpointError("exits: early exits and drafters exclude each other; give one of them")
-    if compile is not False:
-        raise RestpointError("exits: compiled passes run all layers; leave compile or exits out")
-    return ()
-
-
-def _said(policy: ExitPolicy) -> str:
-    """What is promised of exits, for the notes."""
-    if policy.certificate is None:
-        return "early exits without a certificate: nothing is promised of the text"
-    return f"early exits: {policy.certificate.promise}; greedy decoding only"
 
 
 def inference_threads(count: int | None) -> None:

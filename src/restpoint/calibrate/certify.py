@@ -1,7 +1,7 @@
 """Decode with exits for real, and hold every token against the full model on the same text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 from restpoint.decode.loop import Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
+from restpoint.decode.target import LayeredTarget
+from restpoint.errors import RestpointError
 from restpoint.exit.engine import ExitTarget
-from restpoint.exit.losses import Loss, Outcome, checked
+from restpoint.exit.losses import Loss, Outcome, Score, checked
 from restpoint.model.layered import LayeredModel
 
 
@@ -21,12 +23,14 @@ class Decoded:
 
     Attributes:
         outcomes: of each text, beside the full model; None where the text ended before any token could exit.
+        texts: all new tokens of each.
         layer_calls: layers run after the prompts, for all texts of a batch at once.
         tokens: new tokens that could exit: all but the first ones, and these too where prompts leave out layers.
         mean_depth: layers behind the law of a token, on average.
     """
 
     outcomes: list[Outcome | None]
+    texts: list[list[int]]
     layer_calls: int
     tokens: int
     mean_depth: float
@@ -49,12 +53,10 @@ def decode_with_exits(
         batch: texts decoded at once.
     """
     outcomes: list[Outcome | None] = []
+    written: list[list[int]] = []
     calls = tokens = depths = 0
     for first in range(0, len(prompts), batch):
-        texts = [
-            Text(list(prompt), Sampler(SamplingSettings(), None, target.layered.device), Stopping(new_tokens, ends))
-            for prompt in prompts[first : first + batch]
-        ]
+        texts = _begun(target.layered, prompts[first : first + batch], new_tokens, ends)
         logs: list[list[Tensor]] = [[] for _ in texts]
         for text in texts:
             text.logits = []
@@ -69,7 +71,8 @@ def decode_with_exits(
                 kept.clear()
             calls += next(iter(rounds.values())).layer_calls if number else 0
         outcomes += _outcomes(target.layered, texts, logs)
-    return Decoded(outcomes, calls, tokens, depths / max(1, tokens))
+        written += [text.path.tokens[len(text.prompt) :] for text in texts]
+    return Decoded(outcomes, written, calls, tokens, depths / max(1, tokens))
 
 
 def _outcomes(layered: LayeredModel, texts: Sequence[Text], logs: Sequence[list[Tensor]]) -> list[Outcome | None]:
@@ -96,6 +99,60 @@ def _outcomes(layered: LayeredModel, texts: Sequence[Text], logs: Sequence[list[
             )
         )
     return outcomes
+
+
+def _begun(
+    layered: LayeredModel, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int]
+) -> list[Text]:
+    """Texts that are to be continued greedily."""
+    return [
+        Text(list(prompt), Sampler(SamplingSettings(), None, layered.device), Stopping(new_tokens, ends))
+        for prompt in prompts
+    ]
+
+
+@torch.inference_mode()
+def full_scores(
+    layered: LayeredModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    ends: frozenset[int],
+    batch: int,
+    score: Score,
+) -> np.ndarray:
+    """Scores of the full model's own greedy continuations. Arguments as `decode_with_exits`.
+
+    Raises:
+        RestpointError: a score is outside [0, 1].
+    """
+    scores: list[float] = []
+    for first in range(0, len(prompts), batch):
+        texts = _begun(layered, prompts[first : first + batch], new_tokens, ends)
+        for _ in decode_batch(LayeredTarget(layered), texts):
+            pass
+        scores += [_score(score, text.prompt, text.path.tokens[len(text.prompt) :]) for text in texts]
+    return np.array(scores)
+
+
+def scored(decoded: Decoded, prompts: Sequence[Sequence[int]], full: np.ndarray, score: Score) -> Decoded:
+    """The same with the scores of these texts, beside those of the full model's.
+
+    Raises:
+        RestpointError: a score is outside [0, 1].
+    """
+    outcomes = [
+        None if outcome is None else replace(outcome, score=_score(score, prompt, text), full_score=float(own))
+        for outcome, prompt, text, own in zip(decoded.outcomes, prompts, decoded.texts, full, strict=True)
+    ]
+    return replace(decoded, outcomes=outcomes)
+
+
+def _score(score: Score, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    value = float(score(list(prompt), list(tokens)))
+    if not 0 <= value <= 1:
+        name = getattr(score, "__name__", type(score).__name__)
+        raise RestpointError(f"score: {name} gave {value}; scores must lie in [0, 1]: divide by the largest")
+    return value
 
 
 def losses_of(decoded: Decoded, loss: Loss) -> np.ndarray:

@@ -14,6 +14,7 @@ from restpoint.exit.choice import LayerChoice
 from restpoint.tensors import save
 
 _PARTIAL = "calibration.safetensors"
+_SCORES = "full_scores"
 
 
 class Kept:
@@ -26,6 +27,7 @@ class Kept:
     Attributes:
         choice: of layers; None where none was made yet, or the rule makes none.
         done: by setting, losses of all texts and mean depth.
+        full_scores: of the full model's own texts; None where they were not scored yet.
 
     Raises:
         RestpointError: the folder holds an unfinished calibration of something else.
@@ -36,6 +38,7 @@ class Kept:
         self.recipe = json.dumps(recipe, sort_keys=True)
         self.choice: LayerChoice | None = None
         self.done: dict[float, tuple[np.ndarray, float]] = {}
+        self.full_scores: np.ndarray | None = None
         self._readers = ""
         if not self.path.exists():
             return
@@ -46,6 +49,8 @@ class Kept:
             if (choice := about["choice"]) is not None:
                 self.choice = LayerChoice(**{**choice, "layers": tuple(choice["layers"])})
             self._readers = about["readers"]
+            if _SCORES in file.keys():  # noqa: SIM118
+                self.full_scores = file.get_tensor(_SCORES)
             for setting, depth in about["done"]:
                 self.done[setting] = file.get_tensor(repr(setting)), depth
 
@@ -65,6 +70,11 @@ class Kept:
         self.done[setting] = losses, depth
         self._write()
 
+    def add_scores(self, full_scores: np.ndarray) -> None:
+        """Keep the scores of the full model's own texts."""
+        self.full_scores = full_scores
+        self._write()
+
     def remove(self) -> None:
         """The calibration is finished."""
         self.path.unlink(missing_ok=True)
@@ -77,6 +87,8 @@ class Kept:
             "done": [[setting, depth] for setting, (_, depth) in self.done.items()],
         }
         tensors = {repr(setting): torch.from_numpy(losses) for setting, (losses, _) in self.done.items()}
+        if self.full_scores is not None:
+            tensors[_SCORES] = torch.from_numpy(self.full_scores)
         save(self.path, tensors, {"about": json.dumps(about)})
 
     def _other(self) -> RestpointError:

@@ -56,8 +56,8 @@ def ladder_of(
     - ``layer-skip``: 1, 2, .. layers are left out, as long as half of them stay, and two.
 
     Raises:
-        RestpointError: a layer is not the model's, the model is too shallow, no threshold keeps to epsilon on the tuning
-            text, or what was begun in the folder reads states in another way.
+        RestpointError: a layer is not the model's, the model is too shallow, no threshold keeps to epsilon on the
+            tuning text, or what was begun in the folder reads states in another way.
     """
     if options.rule == LayerSkipRule.kind:
         return _skipping(layered.depth, kept)

@@ -63,7 +63,8 @@ class CalibrateOptions(ReadOptions):
     earlier, down to a last layer) or layer-skip (none; evenly spaced layers are left out of all)."""
     loss: str = "disagreement"
     """What counts as a loss, of one text, in [0, 1]: disagreement (share of tokens that are not the full model's after
-    the same prefix) or perplexity-increase (mean loss of log-probability, clipped at 1 nat)."""
+    the same prefix), perplexity-increase (mean loss of log-probability, clipped at 1 nat) or, in Python only,
+    score-drop (what the score of a task falls by)."""
     epsilon: float = 0.05
     """Largest expected loss."""
     delta: float = 0.1

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from restpoint.calibrate.certify import decode_with_exits, losses_of
+from restpoint.calibrate.certify import decode_with_exits, full_scores, losses_of, scored
 from restpoint.calibrate.kept import Kept
 from restpoint.calibrate.kept_readout import forget_readout
 from restpoint.calibrate.ladders import check_rule, ladder_of
@@ -18,7 +18,7 @@ from restpoint.calibrate.options import CalibrateOptions, ReadOptions
 from restpoint.calibrate.passages import Passages, deal
 from restpoint.errors import RestpointError
 from restpoint.exit.choice import LayerChoice
-from restpoint.exit.losses import Loss
+from restpoint.exit.losses import Loss, Score, ScoreDrop
 from restpoint.exit.losses import loss as named_loss
 from restpoint.exit.names import named
 from restpoint.exit.policy import Certificate, ExitPolicy
@@ -75,6 +75,7 @@ def calibrate_exits(
     output: Path | str = "profile",
     progress: Progress | None = None,
     loss: Loss | None = None,
+    score: Score | None = None,
 ) -> CalibrateReport:
     """Calibrate early exits of a model and write them into a profile.
 
@@ -94,6 +95,8 @@ def calibrate_exits(
         output: folder of the profile; an interrupted calibration resumes there.
         progress: called as work proceeds.
         loss: any function of an outcome with values in [0, 1], instead of the one that the options name.
+        score: of a task, in [0, 1], of a prompt and its new tokens, for the loss ``score-drop`` or one of your own: it
+            scores the text that was decoded with exits, and the full model's own greedy text of the same prompt.
 
     Raises:
         RestpointError: the profile is another model's, a name is unknown, there is too little text or are too few
@@ -108,7 +111,7 @@ def calibrate_exits(
             f"sequences is {options.sequences}; epsilon={options.epsilon} at delta={options.delta} needs {least} at "
             "least, even without a single loss"
         )
-    loss_name = options.loss if loss is None else getattr(loss, "__name__", type(loss).__name__)
+    loss_name = _loss_name(options, loss, score)
     loss = loss or named_loss(options.loss)
     named("signal", options.signal, {**SIGNALS, **{kind.kind: kind for kind in FITTED}})
     layered = layered_model(loaded.model)
@@ -122,10 +125,19 @@ def calibrate_exits(
     kept = Kept(output, {**asdict(options), "text": passages.text, "model": mark, "loss": loss_name})
     ladder = ladder_of(loaded, layered, passages, options, output, kept, report)
 
+    ends = loaded.end_tokens()
+    if score is not None and kept.full_scores is None:
+        report("score full texts", 0, 1)
+        kept.add_scores(full_scores(layered, passages.judge, options.new_tokens, ends, options.batch, score))
+        report("score full texts", 1, 1)
+
     def run(setting: float) -> tuple[np.ndarray, float]:
         if setting not in kept.done:
             target = ladder.policy(setting).target(layered)
-            decoded = decode_with_exits(target, passages.judge, options.new_tokens, loaded.end_tokens(), options.batch)
+            decoded = decode_with_exits(target, passages.judge, options.new_tokens, ends, options.batch)
+            if score is not None:
+                assert kept.full_scores is not None
+                decoded = scored(decoded, passages.judge, kept.full_scores, score)
             kept.add(setting, losses_of(decoded, loss), decoded.mean_depth)
         return kept.done[setting]
 
@@ -148,6 +160,23 @@ def calibrate_exits(
     return CalibrateReport(
         profile, policy, selection, ladder.choice, ladder.setting, tried, means, depths, passages.sources
     )
+
+
+def _loss_name(options: CalibrateOptions, loss: Loss | None, score: Score | None) -> str:
+    """What the certificate calls the loss.
+
+    Raises:
+        RestpointError: the loss needs a score and there is none, or there is one that nobody reads.
+    """
+    drops = isinstance(loss, ScoreDrop) or (loss is None and options.loss == "score-drop")
+    if drops and score is None:
+        raise RestpointError(
+            "loss: score-drop needs a score of each text, which only Python can give: calibrate_exits(.., score=..)"
+        )
+    if score is not None and loss is None and not drops:
+        raise RestpointError(f"score: the loss {options.loss} reads none; choose score-drop, or leave the score out")
+    name = options.loss if loss is None else getattr(loss, "__name__", type(loss).__name__)
+    return name if score is None else f"{name} of {getattr(score, '__name__', type(score).__name__)}"
 
 
 def _check_model(loaded: Loaded, layered: LayeredModel, options: CalibrateOptions) -> None:

@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 class Calibrate:
     """Calibrate early exits: tokens leave the model before its last layer, and the loss is bounded with a certificate.
 
-    Predictors are fitted on a part of the text, layers and thresholds chosen on another. On the rest the model decodes
-    with exits, and every token is held against the full model: the fastest threshold is kept for which the expected
-    loss is shown to be at most epsilon, with probability 1 - delta (Learn-then-Test). Rule and certificate are written
-    into the profile; `restpoint generate --exit` decodes by them. That no threshold qualifies is an answer too. An
-    interrupted calibration resumes.
+    By default tokens stop that a signal is sure of. Predictors are fitted on a part of the text, layers and thresholds
+    chosen on another. On the rest the model decodes with exits, and every token is held against the full model: the
+    fastest threshold is kept for which the expected loss is shown to be at most epsilon, with probability 1 - delta
+    (Learn-then-Test). Rule and certificate are written into the profile; `restpoint generate --exit` decodes by them.
+    That no threshold qualifies is an answer too. Depths by position and skipped layers (--rule) are certified by the
+    same test. An interrupted calibration resumes.
 
     For example:
       restpoint calibrate -o profile/
+      restpoint calibrate --rule layer-skip --epsilon 0.1 -o profile/
       restpoint calibrate MODEL --profile profile/ --text calib.jsonl --loss disagreement --epsilon 0.02 -o profile/
       restpoint generate MODEL --profile profile/ --exit --show-depth "Once upon a time"
     """
@@ -51,6 +53,10 @@ class Calibrate:
 
     def run(self) -> None:
         """Read, load, calibrate, show."""
+        if self.calibrating.loss == "score-drop":
+            raise RestpointError(
+                "loss: score-drop needs a score of each text, which only Python can give: calibrate_exits(.., score=..)"
+            )
         texts = read_texts(self.text) if self.text else fit_texts()
         profile = profile_for(self.model, self.profile, plain=False)
         if profile is None:

@@ -66,6 +66,15 @@ class Loss(Protocol):
         ...
 
 
+@runtime_checkable
+class Score(Protocol):
+    """How well a text solves its task, in [0, 1]: any function of the prompt's ids and the new ones."""
+
+    def __call__(self, prompt: list[int], tokens: list[int], /) -> float:
+        """The score of one text; an end token is the last of the new ones."""
+        ...
+
+
 @dataclass(frozen=True)
 class Disagreement:
     """Share of the tokens that are not the full depth's most probable token after the same prefix."""

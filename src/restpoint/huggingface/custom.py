@@ -30,6 +30,8 @@ from restpoint.decode.verifiers.base import Verifier
 from restpoint.decode.verifiers.registry import verifier as named_verifier
 from restpoint.drafting import Drafting, Maker, drafting_for
 from restpoint.errors import RestpointError
+from restpoint.exit.chosen import chosen_policy, promised, refuse_drafters, require_exits
+from restpoint.exit.policy import ExitPolicy
 from restpoint.generate import DEFAULT_VERIFIER, DRAFTERS
 from restpoint.huggingface.arguments import name_of, refuse, samplers_of, stopping_of, strip, withheld
 from restpoint.huggingface.emitting import Run, emit, outputs
@@ -50,6 +52,7 @@ def generate_fn(
     tree: TreeSettings | None = None,
     share: bool = False,
     draft_tokens: int | None = None,
+    exits: bool | ExitPolicy = False,
 ) -> "CustomGenerate":
     """Make a ``custom_generate`` for ``model.generate`` and for text-generation pipelines.
 
@@ -68,6 +71,11 @@ def generate_fn(
     refused by name. A family that cannot verify drafts is decoded plainly, which is logged. A model is taken apart
     and checked when it is first seen, and again when it has moved to another device, dtype or mode.
 
+    With ``exits`` tokens leave the model early, and text may differ from ``generate``'s as rarely as the certificate
+    says, which is logged. It speaks of greedy decoding, so ``do_sample`` is refused; of logits processors that change
+    what is emitted it says nothing. Scores and logits are those of the law that was emitted: minus infinity for tokens
+    that an exit cannot emit.
+
     Args:
         profile: what was fitted for the model; another model is refused.
         tokenizer: the model's, which a profile is bound to and stop strings are read with; if None, the one that lies
@@ -78,18 +86,34 @@ def generate_fn(
         tree: limits of the draft tree.
         share: let drafters keep what they learn from one text to the next.
         draft_tokens: draft this many in every round; None lets costs and chances decide.
+        exits: exit early, as the profile was calibrated to (True), or by this policy; nobody drafts.
 
     Raises:
-        RestpointError: the verifier is unknown or ``draft_tokens`` is negative; when called, what is refused.
+        RestpointError: the verifier is unknown, ``draft_tokens`` is negative, or exits are asked for that the profile
+            does not hold, or together with settings of drafting; when called, what is refused.
     """
     if draft_tokens is not None and draft_tokens < 0:
         raise RestpointError(f"draft_tokens is {draft_tokens}; it must be 0 or more, or left out")
+    policy = chosen_policy(exits, None if profile is None else profile.exits)
+    if policy is not None:
+        refuse_drafters(drafters, brought)
+        _refuse_drafting(verifier=verifier != DEFAULT_VERIFIER, tree=tree, share=share, draft_tokens=draft_tokens)
+        drafters = ()
     if drafters is None:
         drafters = DRAFTERS if profile is not None else ("lookup", "recycling")
     makers = brought or {}
     return CustomGenerate(
-        profile, tokenizer, tuple(drafters), makers, named_verifier(verifier), tree, share, draft_tokens
+        profile, tokenizer, tuple(drafters), makers, named_verifier(verifier), tree, share, draft_tokens, policy
     )
+
+
+def _refuse_drafting(**given: Any) -> None:
+    """Refuse, by name, settings of drafting that exits would leave without an effect."""
+    for name, value in given.items():
+        if value:
+            raise RestpointError(
+                f"{name}: early exits draft nothing, so it would have no effect; leave it or exits out"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,6 +164,7 @@ class CustomGenerate:
     tree: TreeSettings | None
     share: bool
     draft_tokens: int | None
+    exits: ExitPolicy | None
 
     def __call__(
         self,
@@ -178,6 +203,10 @@ class CustomGenerate:
         given = {"streamer": streamer, "synced_gpus": synced_gpus, "assistant_model": assistant_model}
         given |= withheld(model)
         refuse(model, generation_config, given, model_kwargs, logits_processor)
+        if self.exits is not None and generation_config.do_sample:
+            raise RestpointError(
+                "do_sample: early exits are certified for greedy decoding; give do_sample=False, or leave exits out"
+            )
         prompts = strip(input_ids, model_kwargs)
         prepared = self._prepare(model)
         criteria = StoppingCriteriaList(stopping_criteria)
@@ -201,9 +230,13 @@ class CustomGenerate:
             self.profile.require(Loaded(name_of(model), model, self._tokenizer(model)))
         layered = layered_model(model)
         capabilities = check(layered)
+        if self.exits is not None:
+            require_exits(self.exits, layered, capabilities)
         drafting, notes = drafting_for(
             layered, capabilities, self.profile, self.drafters, self.brought, self.tree, self.verifier, self.share
         )
+        if self.exits is not None:
+            notes = [*notes, promised(self.exits)]
         prepared = _Prepared(layered, capabilities, drafting, notes, context_length(model), state)
         memory.prepared[self] = prepared
         return prepared
@@ -241,6 +274,8 @@ class CustomGenerate:
         runs: list[Run] = []
         for group in together:
             target = LayeredTarget(layered) if drafts else NativeTarget(layered)
+            if self.exits is not None:
+                target = self.exits.target(layered)
             speculators: Sequence[Speculator | None] = [None] * len(group)
             if prepared.drafting is not None and self.draft_tokens != 0 and isinstance(target, LayeredTarget):
                 own = [samplers[row] for row in group]
