@@ -213,6 +213,11 @@ def test_a_calibration_writes_what_it_found(report: CalibrateReport, reference: 
         certificate,
         report.policy.monitor,
     )
+    described, tensors = report.policy.state()
+    older = dict(described["certificate"])
+    assert older.pop("setting") == "threshold"
+    older["thresholds"] = list(older.pop("settings"))
+    assert ExitPolicy.from_state({**described, "certificate": older}, tensors).certificate == certificate
     decoder = Decoder(reference, Profile.load(tmp_path), exits=True)
     assert any(certificate.promise in note for note in decoder.notes)
     generation = decoder.generate("Once upon a time", max_tokens=20)
