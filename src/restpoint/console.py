@@ -277,7 +277,7 @@ def _exits(rule: "Rule") -> str:
     if isinstance(rule, LayerSkipRule):
         return "Evenly spaced layers left out"
     if isinstance(rule, PositionRule):
-        return f"Depth falls from {rule.first} layers to the last layer over {rule.length} new tokens"
+        return f"Depth falls to the last layer over {rule.length} tokens"
     return f"Exits after layer {' or '.join(str(layer) for layer in rule.candidates(sys.maxsize))}"
 
 
