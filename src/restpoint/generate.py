@@ -19,6 +19,7 @@ from restpoint.drafting import Maker, drafting_for
 from restpoint.errors import RestpointError
 from restpoint.exit.policy import ExitPolicy
 from restpoint.generation import Generation, Piece, Words
+from restpoint.looping import Looping
 from restpoint.model.check import Capabilities, check
 from restpoint.model.compiled import CompiledModel, Progress
 from restpoint.model.load import Loaded
@@ -58,7 +59,8 @@ class Decoder:
     """A loaded model, taken apart into layers, with those who draft for it.
 
     Output is the model's own: greedy text is identical to plain decoding, sampled text follows the same law. A
-    family that cannot verify drafts is decoded plainly, and ``notes`` says why. Only with ``exits`` may text differ.
+    family that cannot verify drafts is decoded plainly, and ``notes`` says why. Only with ``exits`` or ``looping`` may
+    text differ.
 
     Args:
         loaded: model and tokenizer.
@@ -74,10 +76,13 @@ class Decoder:
         progress: told of every step of a compilation.
         exits: exit early: as the profile was calibrated to (True), or by this policy. Tokens may then differ from the
             model's own, as rarely as the policy's certificate says; nobody drafts.
+        looping: of a model that iterates a block, when tokens leave the loop and where they begin (see
+            :func:`restpoint.looping.looping`). Tokens may then differ from the model's own; nobody drafts, and several
+            prompts are decoded one by one.
 
     Raises:
         RestpointError: the profile belongs to another model, a name is unknown, the model has no layers that could
-            be found, or it cannot be compiled.
+            be found, or no loop that tokens could leave, or it cannot be compiled.
     """
 
     def __init__(
@@ -93,14 +98,22 @@ class Decoder:
         compile: "bool | CompiledModel" = False,
         progress: Progress | None = None,
         exits: "bool | ExitPolicy" = False,
+        looping: Looping | None = None,
     ):
         if profile is not None:
             profile.require(loaded)
+        if looping is not None:
+            if exits is not False:
+                raise RestpointError("looping: a token leaves either the layers or the loop early; leave exits out")
+            drafters = _alone("looping", drafters, brought, compile)
         if exits is not False:
-            drafters = _alone(drafters, brought, compile)
+            drafters = _alone("exits", drafters, brought, compile)
         self.loaded = loaded
         shared = None if isinstance(compile, bool) else compile
         self.layered = layered_model(loaded.model) if shared is None else shared.layered
+        self.looping = looping
+        if looping is not None:
+            looping.target(self.layered)  # refuses a model without a loop now
         self.capabilities: Capabilities = check(self.layered)
         self.compiled = self._compile(progress) if compile is True else shared
         self.profile = profile
@@ -120,6 +133,8 @@ class Decoder:
         )
         if self.exits is not None:
             self.notes = [*self.notes, _said(self.exits)]
+        if looping is not None:
+            self.notes = [*self.notes, looping.said]
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that its tokenizer adds.
@@ -179,7 +194,7 @@ class Decoder:
         batch = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         sampling = sampling or SamplingSettings()
         seeded = [replace(sampling, seed=sampling.seed + row) for row in range(len(batch))]
-        if not (self.capabilities.drafts and self.capabilities.ragged.supported):
+        if self.looping is not None or not (self.capabilities.drafts and self.capabilities.ragged.supported):
             return [self.generate(ids, own, **options) for ids, own in zip(batch, seeded, strict=True)]
         target = self._target(len(batch))
         texts = self._texts(target, batch, seeded, options)
@@ -195,6 +210,8 @@ class Decoder:
         """A cache of its own for each text: several streams may be read in turn."""
         if self.exits is not None:
             return self.exits.target(self.layered)
+        if self.looping is not None:
+            return self.looping.target(self.layered)
         if not self.capabilities.drafts:
             return NativeTarget(self.layered)
         return self._single() if rows == 1 else LayeredTarget(self.layered)
@@ -274,13 +291,16 @@ def _refuse_unknown(options: TextOptions) -> None:
 
 
 def _alone(
-    drafters: Sequence[str] | None, brought: Mapping[str, Maker] | None, compile: "bool | CompiledModel"
+    argument: str,
+    drafters: Sequence[str] | None,
+    brought: Mapping[str, Maker] | None,
+    compile: "bool | CompiledModel",
 ) -> tuple[str, ...]:
     """Nobody drafts where tokens exit early."""
     if drafters or brought:
-        raise RestpointError("exits: early exits and drafters exclude each other; give one of them")
+        raise RestpointError(f"{argument}: early exits and drafters exclude each other; give one of them")
     if compile is not False:
-        raise RestpointError("exits: compiled passes run all layers; leave compile or exits out")
+        raise RestpointError(f"{argument}: compiled passes run all layers; leave compile or {argument} out")
     return ()
 
 
