@@ -107,9 +107,9 @@ class LoopFlags:
     loop_exit: Annotated[str | None, arg(metavar="NAME[=SETTING]", help_behavior_hint="")] = None
     """Tokens leave the loop, each by itself, by this test of two successive states: acceleration[=30%],
     relative-step[=0.1], step-norm[=10%], cosine[=0.005], kl[=0.01], entropy-difference[=0.01], transport[=0.05],
-    argmax-stability[=3], acceleration-once, step-norm-twice. In brackets the setting where none is given: a threshold
-    that the test falls below, or steps in a row; 10% is a share of the state's size, 10 is in its units; 0 never
-    leaves."""
+    argmax-stability[=3], acceleration-once[=30%], step-norm-twice[=10%]. In brackets the setting where none is given:
+    a threshold that the test falls below, or steps in a row; 10% is a share of the state's size, 10 is in its units; 0
+    never leaves."""
     loop_start: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """Tokens begin the loop at zero, at the previous token's state (previous), or where the profile's start predicts
     that they rest (predicted; see `restpoint fit --start`), instead of where the model was trained to."""

@@ -182,7 +182,7 @@ def _read_prompts(target: Target, texts: Sequence[Text]) -> _Turns:
     for text, scored in zip(texts, target.prefill([text.prompt for text in texts]), strict=True):
         verified = verify(scored.logits, NO_DRAFT, text.path.tokens, text.sampler, VERIFIERS["token-wise"])
         text.path.rest = scored.rest
-        turns.append((text, verified, target.layered.depth))
+        turns.append((text, verified, target.layered.depth if scored.depth is None else scored.depth))
         if text.speculator is not None:
             text.speculator.begin(text.prompt)
     return turns

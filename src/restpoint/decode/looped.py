@@ -46,8 +46,7 @@ class LoopedTarget(NativeTarget):
         ids = torch.tensor([list(tokens)], device=self.layered.device)
         with self._counting():
             output = self.layered.model(input_ids=ids, use_cache=True, logits_to_keep=1, **self.arguments, **self.past)
-        depth = int(self.unrolled.layers_of(int(output.steps[0, -1])))
-        return Scored(output.logits[0, -1:], None, depth)
+        return Scored(output.logits[0, -1:], None, self.unrolled.layers_of(int(output.steps[0, -1])))
 
     @contextmanager
     def _counting(self) -> Iterator[None]:

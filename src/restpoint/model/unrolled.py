@@ -129,7 +129,7 @@ class UnrolledModel(LayeredModel):
             raise RestpointError(f"step is {step}; this model runs steps 1 to {self.steps}")
         return self._first + step * self._width
 
-    def layers_of(self, steps: float) -> float:
+    def layers_of(self, steps: int) -> int:
         """Layers that a token runs through in so many steps."""
         return self._first + steps * self._width + self.depth - self._last
 
