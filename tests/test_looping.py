@@ -29,7 +29,7 @@ from restpoint.fit.run import fit_profile
 from restpoint.generate import Decoder
 from restpoint.looping import Looping, looping
 from restpoint.model.fingerprint import fingerprint
-from restpoint.model.load import Loaded
+from restpoint.model.load import Loaded, load
 from restpoint.model.recurrent.starts import PredictedStart, PreviousStart, ZeroStart
 from restpoint.profile import Calibrations, Profile
 from test_recurrent import divergence, relative
@@ -43,7 +43,7 @@ def tiny(model=None, name="tiny"):
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     model = looped.recurrent(mean_recurrence=STEPS, gain=0.2) if model is None else model
-    return Loaded(name, model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2"))
+    return Loaded(name, model, PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
 def steps_of(decoder, pieces):
@@ -344,7 +344,7 @@ def test_the_verb_gives_the_librarys_text_steps_and_times(folder, capsys):
     assert main(["generate", str(folder), *arguments, "--stats", "--json", *VERB, WORDS]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    loaded = tiny(looped.recurrent(mean_recurrence=STEPS, gain=0.2, dtype=torch.float32))
+    loaded = load(str(folder), dtype="float32", device="cpu")
     profile = Profile.load(folder / "profile")
     own = looping(loaded, exits="relative-step=0.3", start="predicted", profile=profile)
     tokens, steps = decoded(Decoder(loaded, looping=own))
