@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.exit.rules import Rule
     from restpoint.fit.run import FitReport
     from restpoint.generate import Decoder
-    from restpoint.generation import Piece
+    from restpoint.generation import Piece, Statistics
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
     from restpoint.theory.study import Study
@@ -138,7 +138,9 @@ def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
     of_all = "" if decoder.layered.refusal else f"of {decoder.layered.depth} "  # a solver runs as many as it needs
     lengths = Counter(len(turn.tokens) for turn in rounds[1:])
     chosen = "plain"
-    if decoder.exits is not None:
+    if decoder.looping is not None:
+        chosen = decoder.looping.named
+    elif decoder.exits is not None:
         chosen = "early exits"
     elif decoder.drafting is not None:
         chosen = "drafts by " + ", ".join(decoder.drafting.names)
@@ -153,8 +155,36 @@ def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
         "tokens of each pass: " + " ".join(str(len(turn.tokens)) for turn in rounds[1:]),
         "passes by tokens: " + ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)),
     ]
+    if (loop := _through_the_loop(decoder, seen)) is not None:
+        steps, milliseconds = loop["steps_per_token"], loop["milliseconds_per_token"]
+        lines.insert(1, f"{steps:.2f} of {loop['full_steps']} steps a token, {milliseconds:.2f} ms a token")
     for line in lines:
         print(line, file=sys.stderr)
+
+
+def print_generation(decoder: "Decoder", prompt: str, pieces: Iterable["Piece"]) -> list["Round"]:
+    """Print a generation and what it cost as JSON, when it is complete, and return the rounds that it came from."""
+    from restpoint.generation import Generation
+
+    kept = list(pieces)
+    generation = Generation.of(decoder.encode(prompt), kept)
+    loop = _through_the_loop(decoder, generation.statistics)
+    content = {"model": decoder.loaded.name, "notes": decoder.notes, **asdict(generation)}
+    print(json.dumps(content if loop is None else content | {"loop": loop}, indent=1))
+    return [piece.round for piece in kept]
+
+
+def _through_the_loop(decoder: "Decoder", seen: "Statistics") -> dict[str, Any] | None:
+    """What tokens after the prompt's pass took of a loop; None where it is not decoded by itself."""
+    if decoder.looping is None:
+        return None
+    target = decoder.looping.target(decoder.layered)
+    return {
+        "named": decoder.looping.named,
+        "full_steps": target.steps,
+        "steps_per_token": target.unrolled.steps_of(seen.depth_per_token) if seen.passes else 0.0,
+        "milliseconds_per_token": 1000 / seen.tokens_per_second if seen.tokens_per_second else 0.0,
+    }
 
 
 def capability_table(loaded: "Loaded", capabilities: "Capabilities", depth: int) -> RenderableType:

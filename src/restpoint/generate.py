@@ -20,6 +20,7 @@ from restpoint.errors import RestpointError
 from restpoint.exit.chosen import chosen_policy, promised, refuse_drafters, require_exits
 from restpoint.exit.policy import ExitPolicy
 from restpoint.generation import Generation, Piece, Words
+from restpoint.looping import Looping
 from restpoint.model.check import Capabilities, check
 from restpoint.model.compiled import CompiledModel, Progress
 from restpoint.model.load import Loaded
@@ -59,7 +60,8 @@ class Decoder:
     """A loaded model, taken apart into layers, with those who draft for it.
 
     Output is the model's own: greedy text is identical to plain decoding, sampled text follows the same law. A
-    family that cannot verify drafts is decoded plainly, and ``notes`` says why. Only with ``exits`` may text differ.
+    family that cannot verify drafts is decoded plainly, and ``notes`` says why. Only with ``exits`` or ``looping`` may
+    text differ.
 
     Args:
         loaded: model and tokenizer.
@@ -75,10 +77,13 @@ class Decoder:
         progress: told of every step of a compilation.
         exits: exit early: as the profile was calibrated to (True), or by this policy. Tokens may then differ from the
             model's own, as rarely as the policy's certificate says; nobody drafts.
+        looping: of a model that iterates a block, when tokens leave the loop and where they begin (see
+            :func:`restpoint.looping.looping`). Tokens may then differ from the model's own; nobody drafts, and several
+            prompts are decoded one by one.
 
     Raises:
         RestpointError: the profile belongs to another model, a name is unknown, the model has no layers that could
-            be found, or it cannot be compiled.
+            be found, or no loop that tokens could leave, or it cannot be compiled.
     """
 
     def __init__(
@@ -94,17 +99,22 @@ class Decoder:
         compile: "bool | CompiledModel" = False,
         progress: Progress | None = None,
         exits: "bool | ExitPolicy" = False,
+        looping: Looping | None = None,
     ):
         if profile is not None:
             profile.require(loaded)
+        if looping is not None:
+            if exits is not False:
+                raise RestpointError("looping: a token leaves either the layers or the loop early; leave exits out")
+            drafters = _alone("looping", drafters, brought, compile)
         if exits is not False:
-            refuse_drafters(drafters, brought)
-            if compile is not False:
-                raise RestpointError("exits: compiled passes run all layers; leave compile or exits out")
-            drafters = ()
+            drafters = _alone("exits", drafters, brought, compile)
         self.loaded = loaded
         shared = None if isinstance(compile, bool) else compile
         self.layered = layered_model(loaded.model) if shared is None else shared.layered
+        self.looping = looping
+        if looping is not None:
+            looping.target(self.layered)  # refuses a model without a loop now
         self.capabilities: Capabilities = check(self.layered)
         self.compiled = self._compile(progress) if compile is True else shared
         self.profile = profile
@@ -126,6 +136,8 @@ class Decoder:
         )
         if self.exits is not None:
             self.notes = [*self.notes, promised(self.exits)]
+        if looping is not None:
+            self.notes = [*self.notes, looping.said]
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that its tokenizer adds.
@@ -185,7 +197,7 @@ class Decoder:
         batch = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         sampling = sampling or SamplingSettings()
         seeded = [replace(sampling, seed=sampling.seed + row) for row in range(len(batch))]
-        if not (self.capabilities.drafts and self.capabilities.ragged.supported):
+        if self.looping is not None or not (self.capabilities.drafts and self.capabilities.ragged.supported):
             return [self.generate(ids, own, **options) for ids, own in zip(batch, seeded, strict=True)]
         target = self._target(len(batch))
         texts = self._texts(target, batch, seeded, options)
@@ -201,6 +213,8 @@ class Decoder:
         """A cache of its own for each text: several streams may be read in turn."""
         if self.exits is not None:
             return self.exits.target(self.layered)
+        if self.looping is not None:
+            return self.looping.target(self.layered)
         if not self.capabilities.drafts:
             return NativeTarget(self.layered)
         return self._single() if rows == 1 else LayeredTarget(self.layered)
@@ -262,6 +276,19 @@ def _refuse_unknown(options: TextOptions) -> None:
         if name in {one.name for one in fields(SamplingSettings)}:
             raise RestpointError(f"{name}: it belongs to the sampling; give sampling=SamplingSettings({name}=..)")
         raise RestpointError(f"{name}: there is no such option; there are {', '.join(known)}")
+
+
+def _alone(
+    argument: str,
+    drafters: Sequence[str] | None,
+    brought: Mapping[str, Maker] | None,
+    compile: "bool | CompiledModel",
+) -> tuple[str, ...]:
+    """Nobody drafts where tokens exit early."""
+    refuse_drafters(drafters, brought, argument)
+    if compile is not False:
+        raise RestpointError(f"{argument}: compiled passes run all layers; leave compile or {argument} out")
+    return ()
 
 
 def inference_threads(count: int | None) -> None:

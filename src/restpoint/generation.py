@@ -26,6 +26,7 @@ class Statistics:
         passes: passes after the prompt's.
         tokens_per_pass: tokens emitted by those passes over their number; 1 for plain decoding.
         layers_per_token: layer calls, drafting included, over the tokens emitted by those passes.
+        depth_per_token: mean number of layers behind the laws that those tokens were chosen from.
         drafted: tokens drafted and verified.
         accepted: drafted tokens that stood.
         prefill_seconds: time of the prompt and the first token.
@@ -38,6 +39,7 @@ class Statistics:
     passes: int
     tokens_per_pass: float
     layers_per_token: float
+    depth_per_token: float
     drafted: int
     accepted: int
     prefill_seconds: float
@@ -58,6 +60,7 @@ class Statistics:
             passes=len(later),
             tokens_per_pass=decoded / len(later) if later else 1.0,
             layers_per_token=sum(turn.layer_calls for turn in later) / decoded if decoded else 0.0,
+            depth_per_token=sum(turn.depth * len(turn.tokens) for turn in later) / decoded if decoded else 0.0,
             drafted=sum(turn.drafted for turn in later),
             accepted=sum(turn.accepted for turn in later),
             prefill_seconds=first.verify_seconds,

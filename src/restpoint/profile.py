@@ -16,11 +16,12 @@ from restpoint import files
 from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs
 from restpoint.equilibrium.heads import MultiTokenHeads
-from restpoint.equilibrium.predictors import IdentityPredictor, Predictor
+from restpoint.equilibrium.predictors import IdentityPredictor, Predictor, RestPointRecurrence
 from restpoint.errors import RestpointError
 from restpoint.exit.policy import ExitPolicy
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.load import Loaded
+from restpoint.model.recurrent.starts import PredictedStart
 from restpoint.tensors import content_hash, save
 from restpoint.trajectory.lens import FittedLens
 
@@ -28,6 +29,7 @@ _FORMAT = 2
 _JSON, _TENSORS = "profile.json", "profile.safetensors"
 _HEADS = "heads"
 _EXITS = "exits"
+_START = "start"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Profile:
         measured: how well each predictor does.
         fitted_on: options, number of tokens and hash of the text.
         exits: how the model exits early, calibrated or not; None where that was not asked for.
+        start: where a model that iterates a block may begin its loop; None where it was not asked for.
     """
 
     fingerprint: str
@@ -98,6 +101,7 @@ class Profile:
     measured: tuple[Measured, ...] = ()
     fitted_on: Mapping[str, Any] = field(default_factory=dict)
     exits: ExitPolicy | None = None
+    start: PredictedStart | None = None
 
     def require(self, loaded: Loaded) -> None:
         """Refuse a model that this profile was not fitted to.
@@ -143,6 +147,10 @@ class Profile:
         if self.exits is not None:
             exits, own = self.exits.state()
             tensors |= {f"{_EXITS}/{key}": value for key, value in own.items()}
+        start = None
+        if self.start is not None:
+            start, own = self.start.predictor.state()
+            tensors |= {f"{_START}/{key}": value.to(torch.bfloat16) for key, value in own.items()}
         content = content_hash(tensors)
         described = {
             "format": _FORMAT,
@@ -156,6 +164,7 @@ class Profile:
             "measured": [asdict(row) for row in self.measured],
             "fitted_on": dict(self.fitted_on),
             "exits": exits,
+            "start": start,
             "tensors_sha256": content,
         }
         save(folder / _TENSORS, tensors)
@@ -211,6 +220,9 @@ class Profile:
                 exits=None
                 if described.get("exits") is None  # profiles of before there were exits have no such entry
                 else ExitPolicy.from_state(described["exits"], _under(_EXITS, tensors)),
+                start=_start(
+                    described.get("start"), tensors
+                ),  # profiles of before there were starts have no such entry
             )
         except (KeyError, TypeError) as error:
             raise RestpointError(f"profile: {folder} lacks {error}; fit it again") from error
@@ -227,6 +239,15 @@ class Profile:
 def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = f"{name}/"
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _start(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> PredictedStart | None:
+    if config is None:
+        return None
+    predictor = Predictor.from_state(config, _under(_START, tensors)).to(dtype=torch.float32)
+    if not isinstance(predictor, RestPointRecurrence):
+        raise RestpointError(f"profile: its start is of the kind {predictor.kind}, not a recurrence; fit it again")
+    return PredictedStart(predictor)
 
 
 def _costs(entry: Mapping[str, Any]) -> Costs:

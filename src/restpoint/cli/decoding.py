@@ -1,6 +1,6 @@
 """Verbs that decode, and what prepares for it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ from restpoint.flags import File, Flag, Folder, Name, Number
 
 if TYPE_CHECKING:
     from restpoint.generate import Decoder
+    from restpoint.looping import Looping
     from restpoint.model.load import Loaded
     from restpoint.profile import Profile
 
@@ -51,15 +52,23 @@ class DraftFlags:
     certificate says (see `restpoint calibrate`)."""
 
     def decoder(
-        self, loaded: "Loaded", profile: "Profile | None", loading: LoadFlags, plain: bool = False
+        self,
+        loaded: "Loaded",
+        profile: "Profile | None",
+        loading: LoadFlags,
+        plain: bool = False,
+        looping: "Looping | None" = None,
     ) -> "Decoder":
-        """The model with those who draft for it; nobody by default if ``plain``."""
+        """The model with those who draft for it; nobody by default if ``plain``, and nobody at all with ``looping``."""
         from restpoint.decode.drafters.datastore import Datastore, tokenizer_hash
         from restpoint.decode.drafters.draft_model import draft_by_model
         from restpoint.decode.drafters.skips import SkipSet
         from restpoint.drafting import PREDICTOR, retrieve_from, skip_layers
         from restpoint.generate import DEFAULT_VERIFIER, Decoder, default_drafters
 
+        if looping is not None:
+            self._refuse_changed()
+            return Decoder(loaded, profile, (), looping=looping)
         if self.exit:
             return Decoder(loaded, profile, self.drafters, compile=self.compile, exits=True)
         names = self.drafters or (() if plain else default_drafters(loaded, profile))
@@ -81,6 +90,49 @@ class DraftFlags:
             return Decoder(
                 loaded, profile, names, brought=brought, verifier=verifier, compile=self.compile, progress=progress
             )
+
+    def _refuse_changed(self) -> None:
+        for one in fields(self):
+            if getattr(self, one.name) != one.default:
+                flag = one.name.replace("_", "-")
+                raise RestpointError(
+                    f"--{flag}: with --loop-exit and its like models are decoded plainly; leave it out"
+                )
+
+
+@dataclass(frozen=True)
+class LoopFlags:
+    """For models that iterate a block: how tokens go through the loop, undrafted; the text may differ (see sweep)."""
+
+    loop_exit: Annotated[str | None, arg(metavar="NAME[=SETTING]", help_behavior_hint="")] = None
+    """Tokens leave the loop, each by itself, by this test of two successive states: acceleration[=30%],
+    relative-step[=0.1], step-norm[=10%], cosine[=0.005], kl[=0.01], entropy-difference[=0.01], transport[=0.05],
+    argmax-stability[=3], acceleration-once[=30%], step-norm-twice[=10%]. In brackets the setting where none is given:
+    a threshold that the test falls below, or steps in a row; 10% is a share of the state's size, 10 is in its units; 0
+    never leaves."""
+    loop_start: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """Tokens begin the loop at zero, at the previous token's state (previous), or where the profile's start predicts
+    that they rest (predicted; see `restpoint fit --start`), instead of where the model was trained to."""
+    loop_steps: Number = None
+    """Run so many steps at most; the model's mean recurrence if left out."""
+    loop_keys: Number = None
+    """Of each token, keep keys and values of the last so many steps only, which costs less memory, and at 1 fewer steps
+    to rest. Left out: of every step; 1 with --loop-start."""
+
+    def looping(self, loaded: "Loaded", profile: "Profile | None") -> "Looping | None":
+        """What these ask for; None where they ask for nothing."""
+        if self == LoopFlags():
+            return None
+        from restpoint.looping import looping
+
+        return looping(
+            loaded,
+            exits=self.loop_exit,
+            start=self.loop_start,
+            steps=self.loop_steps,
+            keys=self.loop_keys,
+            profile=profile,
+        )
 
 
 @dataclass(frozen=True)
@@ -120,6 +172,7 @@ class Fit:
     For example:
       restpoint fit -o profile/
       restpoint fit MODEL --text corpus.jsonl notes.txt.gz -o profile/ --max-tokens 500000
+      restpoint fit RECURRENT_MODEL --start -o profile/
     """
 
     model: Model = REFERENCE
@@ -156,6 +209,7 @@ class Generate:
       restpoint generate "def fibonacci(n):" --stats
       restpoint generate MODEL --profile profile/ --temperature 0.8 --top-p 0.95 "Once upon a time"
       git diff | restpoint generate MODEL - --max-tokens 60
+      restpoint generate recurrent --loop-exit kl --stats "Once upon a time"
     """
 
     model: Annotated[Positional[str], arg(metavar="[MODEL]", help_behavior_hint=f"(default: {REFERENCE})")] = _ABSENT
@@ -178,8 +232,11 @@ class Generate:
     """Say on standard error what the text cost: accepted lengths, layers, seconds."""
     show_depth: Flag = False
     """Colour every token by the layers that it took."""
+    json: Flag = False
+    """Print the text and what it cost as JSON, when it is complete."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     drafting: DraftFlags = field(default_factory=DraftFlags)
+    looping: LoopFlags = field(default_factory=LoopFlags)
     loading: LoadFlags = field(default_factory=LoadFlags)
 
     def run(self) -> None:
@@ -187,21 +244,24 @@ class Generate:
         words = [word for word in (self.model, self.prompt) if word != _ABSENT]
         model, prompt = model_and_prompt(words, self.prompt_file)
         profile = profile_for(model, self.profile, self.plain)
-        decoder = self.drafting.decoder(self.loading.load(model), profile, self.loading, self.plain)
+        loaded = self.loading.load(model)
+        looping = self.looping.looping(loaded, profile)
+        decoder = self.drafting.decoder(loaded, profile, self.loading, self.plain, looping)
         for note in (*decoder.notes, decoder.unfamiliar(prompt)):
             if note:
                 console.say(note)
-        rounds = console.write_pieces(
-            decoder.stream(
-                prompt,
-                self.sampling,
-                max_tokens=self.max_tokens,
-                stop=self.stop,
-                ignore_end=self.ignore_end,
-                draft_tokens=self.drafting.draft_tokens,
-            ),
-            depth=decoder.layered.depth if self.show_depth else None,
+        pieces = decoder.stream(
+            prompt,
+            self.sampling,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+            ignore_end=self.ignore_end,
+            draft_tokens=self.drafting.draft_tokens,
         )
+        if self.json:
+            rounds = console.print_generation(decoder, prompt, pieces)
+        else:
+            rounds = console.write_pieces(pieces, depth=decoder.layered.depth if self.show_depth else None)
         if rounds[-1].finished == "context":
             console.say(f"stopped: the model's context of {decoder.loaded.context_length} tokens is full")
         if self.stats:

@@ -186,7 +186,7 @@ class NativeTarget(Target):
         """See :meth:`Target.prefill`."""
         if len(prompts) > 1:
             raise RestpointError("prompts: this model family is decoded one text at a time; give them one by one")
-        self.past = {}
+        self.past = self._fresh()
         return [self._step(prompts[0])]
 
     def score(self, pending: Sequence[int], drafts: Sequence[Draft]) -> list[Scored]:
@@ -200,6 +200,10 @@ class NativeTarget(Target):
 
     def retain(self, rows: Sequence[int]) -> None:
         """Nothing to do: there is one row."""
+
+    def _fresh(self) -> dict[str, Any]:
+        """What the first pass of a text is given of earlier ones."""
+        return {}
 
     def _step(self, tokens: Sequence[int]) -> Scored:
         stack = self.layered.stack

@@ -38,14 +38,16 @@ def require_exits(policy: ExitPolicy, layered: LayeredModel, capabilities: Capab
     policy.target(layered)
 
 
-def refuse_drafters(drafters: Sequence[str] | None, brought: Mapping[str, Any] | None) -> None:
+def refuse_drafters(
+    drafters: Sequence[str] | None, brought: Mapping[str, Any] | None, argument: str = "exits"
+) -> None:
     """Nobody drafts where tokens exit early.
 
     Raises:
         RestpointError: somebody is asked to.
     """
     if drafters or brought:
-        raise RestpointError("exits: early exits and drafters exclude each other; give one of them")
+        raise RestpointError(f"{argument}: early exits and drafters exclude each other; give one of them")
 
 
 def promised(policy: ExitPolicy) -> str:

@@ -26,6 +26,8 @@ class FitOptions:
     """Positions that multi-token heads predict at once, for the drafter `heads`; 0 for no heads."""
     extrapolate: Flag = False
     """Also draft by extrapolation along depth (RRE, Anderson, dynamic modes) from exit layers that have one before."""
+    start: Flag = False
+    """Also fit where tokens begin the loop of a model that iterates a block, for `generate --loop-start predicted`."""
     refine: int = 0
     """Gradient steps that refine each ridge map towards the model's laws (the tuned lens); 0 for none."""
     vocabulary: int = 2048

@@ -18,6 +18,7 @@ from restpoint.fit.along_depth import extrapolations, layers_before
 from restpoint.fit.measuring import CostMeter, measure, measure_instant
 from restpoint.fit.options import FitOptions
 from restpoint.fit.recording import Progress, Recording, record
+from restpoint.fit.starting import require_loop, solve_start
 from restpoint.model.check import check
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.load import Loaded
@@ -66,7 +67,8 @@ def fit_profile(
         progress: called as work proceeds.
 
     Raises:
-        RestpointError: the text is too short, the model cannot verify drafts, an exit layer is not below its depth,
+        RestpointError: the text is too short, the model cannot verify drafts, an exit layer is not below its depth, a
+            start is asked for where there is no loop,
             or ``output`` holds an unfinished fit of something else.
     """
     options = options or FitOptions()
@@ -76,6 +78,8 @@ def fit_profile(
     if not capabilities.drafts:
         reason = "; ".join(f"{name}: {why}" for name, why in capabilities.refused().items())
         raise RestpointError(f"model: {loaded.name} cannot verify drafts, so there is nothing to fit ({reason})")
+    if options.start:
+        require_loop(loaded)
     exits = options.exit_layers or tuple(sorted({0, layered.depth // 4}))
     if not all(0 <= layer < layered.depth for layer in exits):
         raise RestpointError(f"exit_layers is {exits}; each must lie between 0 and {layered.depth - 1}")
@@ -83,6 +87,7 @@ def fit_profile(
     recorded = record(loaded, layered, texts, options, tuple(sorted(read)), Path(output) / "states", report)
     predictors = _solve(recorded, options, exits, report)
     heads = _solve_heads(recorded, options, report) if options.heads else None
+    start = solve_start(loaded, recorded, report) if options.start else None
     vocabulary = recorded.frequent_tokens(options.vocabulary) if options.vocabulary else None
     meter = CostMeter(LayeredTarget(layered), trees=capabilities.tree.supported)
     allowed = vocabulary if layered.head.direct else None
@@ -111,6 +116,7 @@ def fit_profile(
         heads=heads,
         measured=tuple(rows),
         fitted_on={**asdict(options), "tokens": recorded.tokens, "text_sha256": recorded.text_hash},
+        start=start,
     )
     profile.save(output)
     if not options.keep_states:

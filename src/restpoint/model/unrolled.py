@@ -129,6 +129,14 @@ class UnrolledModel(LayeredModel):
             raise RestpointError(f"step is {step}; this model runs steps 1 to {self.steps}")
         return self._first + step * self._width
 
+    def layers_of(self, steps: int) -> int:
+        """Layers that a token runs through in so many steps."""
+        return self._first + steps * self._width + self.depth - self._last
+
+    def steps_of(self, layers: float) -> float:
+        """Steps in which a token runs through so many layers."""
+        return (layers - self.layers_of(0)) / self._width
+
     def later_steps(self, step: int) -> tuple[int, ...]:
         """The layers of all steps after step k: without them, the model at r = k."""
         return tuple(range(self.after_step(step), self.after_step(self.steps)))

@@ -1,45 +1,13 @@
-"""Exit criteria by name, and thresholds for them that cover the whole range of step counts."""
+"""Thresholds of exit criteria that cover the whole range of step counts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from restpoint.equilibrium.exits import (
-    Acceleration,
-    ArgmaxStability,
-    Below,
-    Cosine,
-    Divergence,
-    EntropyDifference,
-    ExitCriterion,
-    Iterate,
-    Memory,
-    RelativeStep,
-    StepNorm,
-)
-from restpoint.equilibrium.transport_exit import TransportStep
-
-Maker = Callable[[float, Tensor], ExitCriterion]
-"""A criterion of its setting (a threshold, or a count of hits) and the unembedding."""
-
-ACCELERATION, ARGMAX = "acceleration", "argmax-stability"
-
-CRITERIA: Mapping[str, Maker] = {
-    ACCELERATION: lambda threshold, _: Acceleration(threshold=threshold),
-    "acceleration-once": lambda threshold, _: Acceleration(threshold=threshold, hits=1),
-    "step-norm": lambda threshold, _: StepNorm(threshold=threshold),
-    "step-norm-twice": lambda threshold, _: StepNorm(threshold=threshold, hits=2),
-    "relative-step": lambda threshold, _: RelativeStep(threshold=threshold),
-    "cosine": lambda threshold, _: Cosine(threshold=threshold),
-    "entropy-difference": lambda threshold, _: EntropyDifference(threshold=threshold),
-    "kl": lambda threshold, _: Divergence(threshold=threshold),
-    "transport": lambda threshold, weight: TransportStep(threshold=threshold, embeddings=weight),
-    ARGMAX: lambda hits, _: ArgmaxStability(hits=int(hits)),
-}
-"""``acceleration-once`` and ``step-norm-twice`` tell what two hits are worth from what the second difference is."""
+from restpoint.equilibrium.exits import Below, ExitCriterion, Iterate, Memory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

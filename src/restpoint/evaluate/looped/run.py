@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from restpoint import files
+from restpoint.equilibrium.criteria import ACCELERATION, ARGMAX, CRITERIA
 from restpoint.equilibrium.exits import Below, ExitCriterion, RelativeStep
 from restpoint.errors import RestpointError
-from restpoint.evaluate.looped.criteria import ACCELERATION, ARGMAX, CRITERIA, Watch, fewest_steps, spread
+from restpoint.evaluate.looped.criteria import Watch, fewest_steps, spread
 from restpoint.evaluate.looped.curves import LoopCurve, Matched, compare_at
 from restpoint.evaluate.looped.material import Material, material
 from restpoint.evaluate.looped.options import LoopOptions
