@@ -11,11 +11,12 @@ from decoding import INSTANT, Shrub, costs, fused, model_and_target, native, tog
 from families import VOCABULARY, build
 from restpoint.decode.control import Control, best_count
 from restpoint.decode.draft import TokenPath
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Stopping, Text, decode, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import _of_like_length
+from restpoint.decode.tree import TreeSettings
 from restpoint.equilibrium import RestPointRecurrence
 from restpoint.errors import RestpointError
 from restpoint.generate import Decoder

@@ -16,11 +16,12 @@ from restpoint.decode.draft import ROOT, Draft, TokenPath, Verified
 from restpoint.decode.drafters import exit as exit_module
 from restpoint.decode.drafters.dynamic_exit import DynamicExitDrafter
 from restpoint.decode.drafters.exit import ExitDrafter
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Round, Stopping, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import Kept, LayeredTarget
+from restpoint.decode.tree import TreeSettings
 from restpoint.drafting import DYNAMIC_EXIT, Drafting
 from restpoint.equilibrium import AffineMap, IdentityPredictor, RestPointRecurrence
 from restpoint.equilibrium.predictors import Predictor

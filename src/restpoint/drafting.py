@@ -18,11 +18,12 @@ from restpoint.decode.drafters.retrieval import RetrievalDrafter
 from restpoint.decode.drafters.skip_choice import SkipChoice
 from restpoint.decode.drafters.skips import SkipSet
 from restpoint.decode.drafters.tables import TABLES
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.overhead import measure_overhead
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import Kept, LayeredTarget
+from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.base import Verifier
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError

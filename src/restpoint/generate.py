@@ -9,11 +9,11 @@ from transformers import LogitsProcessorList
 
 from restpoint.decode.compiled import CompiledTarget
 from restpoint.decode.draft import Speculator
-from restpoint.decode.fusion import TreeSettings
 from restpoint.decode.loop import Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget, Target
+from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.registry import verifier as named_verifier
 from restpoint.drafting import Maker, drafting_for
 from restpoint.errors import RestpointError
