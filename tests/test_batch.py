@@ -253,7 +253,9 @@ def alone(decoder: Decoder, prompt: str | list[int], row: int, sampling: Samplin
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_generated_batches_are_generated_texts(family: str, drafters: tuple[str, ...], monkeypatch) -> None:
     loaded = tiny(family)
-    monkeypatch.setattr("restpoint.drafting.measure_passes", lambda *_a, **_k: tuple(1 + 0.01 * n for n in range(33)))
+    monkeypatch.setattr(
+        "restpoint.drafting.costs.measure_passes", lambda *_a, **_k: tuple(1 + 0.01 * n for n in range(33))
+    )
     decoder = Decoder(loaded, drafters=drafters)
     plain = Decoder(loaded)
     greedy = SamplingSettings()

@@ -17,7 +17,7 @@ from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.registry import VERIFIERS
-from restpoint.drafting import Maker, retrieve_from, skip_layers
+from restpoint.drafting.brought import Maker, retrieve_from, skip_layers
 from restpoint.generate import Decoder
 from restpoint.model.load import Loaded, load
 from restpoint.profile import Profile

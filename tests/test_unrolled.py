@@ -18,7 +18,7 @@ from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget
 from restpoint.decode.tree import TreeSettings
-from restpoint.drafting import drafting_for
+from restpoint.drafting.speculators import drafting_for
 from restpoint.errors import RestpointError
 from restpoint.model.check import check
 from restpoint.model.compiled import CompiledModel

@@ -15,7 +15,8 @@ from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget, Target
 from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.registry import verifier as named_verifier
-from restpoint.drafting import Maker, drafting_for
+from restpoint.drafting.brought import Maker
+from restpoint.drafting.speculators import drafting_for
 from restpoint.errors import RestpointError
 from restpoint.exit.policy import ExitPolicy
 from restpoint.generation import Generation, Piece, Words
@@ -63,8 +64,8 @@ class Decoder:
     Args:
         loaded: model and tokenizer.
         profile: what was fitted for this model.
-        drafters: who drafts, by name (see :class:`restpoint.drafting.Drafting`); if None, lookup, recycling and the
-            predictor where there is a profile, and nobody, which is plain decoding, where there is none.
+        drafters: who drafts, by name (see :class:`restpoint.drafting.speculators.Drafting`); if None, lookup, recycling
+            and the predictor where there is a profile, and nobody, which is plain decoding, where there is none.
         brought: further drafters by name, each made for a text's target: a draft model, a datastore.
         verifier: how drafts drawn at random are verified; see :data:`restpoint.decode.verifiers.registry.VERIFIERS`.
         tree: limits of the draft tree.

@@ -57,7 +57,8 @@ class DraftFlags:
         from restpoint.decode.drafters.datastore import Datastore, tokenizer_hash
         from restpoint.decode.drafters.draft_model import draft_by_model
         from restpoint.decode.drafters.skips import SkipSet
-        from restpoint.drafting import PREDICTOR, retrieve_from, skip_layers
+        from restpoint.drafting.brought import retrieve_from, skip_layers
+        from restpoint.drafting.names import PREDICTOR
         from restpoint.generate import DEFAULT_VERIFIER, Decoder, default_drafters
 
         if self.exit:

@@ -10,7 +10,8 @@ import torch
 
 from restpoint import bundled
 from restpoint.decode.drafters.tables import TABLES
-from restpoint.drafting import HEADS, PREDICTOR, STEPS, draft_at_exit
+from restpoint.drafting.brought import draft_at_exit
+from restpoint.drafting.names import HEADS, PREDICTOR, STEPS
 from restpoint.errors import RestpointError
 from restpoint.evaluate.baselines import EarlyExit, HuggingFace, PromptLookup
 from restpoint.evaluate.conditions import conditions

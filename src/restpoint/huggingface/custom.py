@@ -28,7 +28,8 @@ from restpoint.decode.target import LayeredTarget, NativeTarget
 from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.base import Verifier
 from restpoint.decode.verifiers.registry import verifier as named_verifier
-from restpoint.drafting import Drafting, Maker, drafting_for
+from restpoint.drafting.brought import Maker
+from restpoint.drafting.speculators import Drafting, drafting_for
 from restpoint.errors import RestpointError
 from restpoint.generate import DEFAULT_VERIFIER, DRAFTERS
 from restpoint.huggingface.arguments import name_of, refuse, samplers_of, stopping_of, strip, withheld
