@@ -84,7 +84,7 @@ class Simulate:
     def _of_model(self, source: str, names: tuple[str, ...]) -> "dict[str, Callable[[SimulateOptions], Study]]":
         """The studies of a model, by name."""
         from restpoint.model.layered import LayeredModel
-        from restpoint.theory.simulate import head, layers
+        from restpoint.theory.simulate_model import head, layers
         from restpoint.theory.weights import read_heads
 
         loaded = self.loading.load(source)

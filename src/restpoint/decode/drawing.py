@@ -11,7 +11,7 @@ from restpoint.decode.draft import Drawn
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.tree import RoundTree, TreeSettings
 from restpoint.decode.trie import BY_CHANCE
-from restpoint.transport.couplings import Drawing, draw_siblings
+from restpoint.transport.siblings import Drawing, draw_siblings
 from restpoint.transport.variation import draw
 
 
