@@ -21,11 +21,12 @@ from restpoint.errors import RestpointError
 from restpoint.exit.policy import ExitPolicy
 from restpoint.generation import Generation, Piece, Words
 from restpoint.model.check import Capabilities, check
-from restpoint.model.compiled import CompiledModel, Progress
+from restpoint.model.compiled import CompiledModel
 from restpoint.model.load import Loaded
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.unrolled import layered_model
 from restpoint.profile import Profile
+from restpoint.progress import Progress
 
 DRAFTERS = ("lookup", "recycling", "predictor")
 """Who drafts by a profile, unless told otherwise."""

@@ -1,7 +1,7 @@
 """Decode with exits for real, and hold every token against the full model on the same text."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from restpoint.exit.engine import ExitTarget
 from restpoint.exit.losses import Loss, Outcome, checked
 from restpoint.model.layered import LayeredModel
 from restpoint.tensors import save
-
-Progress = Callable[[str, int, int], None]
 
 _PARTIAL = "calibration.safetensors"
 

@@ -2,17 +2,17 @@
 
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn, track
+from rich.progress import Progress as Bars
+
+from restpoint.progress import Progress
 
 Item = TypeVar("Item")
-
-ReportProgress = Callable[[str, int, int], None]
-"""Called with the stage, how much of it is done and how much there is."""
 
 
 def version() -> str:
@@ -37,12 +37,12 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[ReportProgress]:
+def progress_bars() -> Iterator[Progress]:
     """Bars on standard error, one for each stage; none where that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
             kind = stage.partition(" ")[0]
