@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 
 from restpoint.bundled import fit_texts
-from restpoint.console import progress_bars
+from restpoint.console.terminal import progress_bars
 from restpoint.corpus import read_texts
 from restpoint.model.load import load
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM

@@ -22,10 +22,11 @@ from restpoint.decode.draft import (
 )
 from restpoint.decode.drafters.exit import ExitDrafter
 from restpoint.decode.drafters.tables import TABLES
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Round, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.target import LayeredTarget, Target
+from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.base import Verifier
 from restpoint.equilibrium import AffineMap, AffinePredictor, RestPointRecurrence
 from restpoint.equilibrium.predictors import Predictor

@@ -11,11 +11,12 @@ from decoding import INSTANT, Shrub, costs, fused, model_and_target, native, tog
 from families import VOCABULARY, build
 from restpoint.decode.control import Control, best_count
 from restpoint.decode.draft import TokenPath
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Stopping, Text, decode, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import _of_like_length
+from restpoint.decode.tree import TreeSettings
 from restpoint.equilibrium import RestPointRecurrence
 from restpoint.errors import RestpointError
 from restpoint.generate import Decoder
@@ -252,7 +253,9 @@ def alone(decoder: Decoder, prompt: str | list[int], row: int, sampling: Samplin
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_generated_batches_are_generated_texts(family: str, drafters: tuple[str, ...], monkeypatch) -> None:
     loaded = tiny(family)
-    monkeypatch.setattr("restpoint.drafting.measure_passes", lambda *_a, **_k: tuple(1 + 0.01 * n for n in range(33)))
+    monkeypatch.setattr(
+        "restpoint.drafting.costs.measure_passes", lambda *_a, **_k: tuple(1 + 0.01 * n for n in range(33))
+    )
     decoder = Decoder(loaded, drafters=drafters)
     plain = Decoder(loaded)
     greedy = SamplingSettings()

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from restpoint import bundled, cli, console
+from restpoint import bundled, cli
 from restpoint.cli import loading, main
+from restpoint.console import terminal
 from restpoint.decode.acceptance import Calibration
 from restpoint.decode.costs import Costs, device_name
 from restpoint.equilibrium.predictors import IdentityPredictor
@@ -89,7 +90,7 @@ def test_help_teaches(verb, capsys):
 
 def test_version(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"restpoint {console.version()}\n"
+    assert capsys.readouterr().out == f"restpoint {terminal.version()}\n"
 
 
 def test_flags_are_those_of_the_library():

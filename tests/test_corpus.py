@@ -6,9 +6,9 @@ import lzma
 
 import pytest
 
-from restpoint.corpus import REFERENCE, model_and_prompt, read_texts
+from restpoint.bundled import REFERENCE
+from restpoint.corpus import model_and_prompt, read_texts
 from restpoint.errors import RestpointError
-from restpoint.model import load
 
 OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
@@ -86,7 +86,6 @@ def test_a_later_broken_line_is_told_by_its_number(tmp_path):
 def test_a_single_word_is_the_prompt():
     assert model_and_prompt(["Once"], None) == (REFERENCE, "Once")
     assert model_and_prompt(["gpt2", "Once"], None) == ("gpt2", "Once")
-    assert load.REFERENCE == REFERENCE
 
 
 def test_a_prompt_comes_from_a_file_or_from_standard_input(tmp_path, monkeypatch):

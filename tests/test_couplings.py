@@ -8,16 +8,9 @@ from scipy.sparse import csr_array
 from scipy.stats import chisquare
 
 from restpoint.errors import RestpointError
-from restpoint.transport.couplings import (
-    KSeq,
-    MaximalCoupling,
-    RecursiveRejection,
-    SiblingCoupling,
-    draw_siblings,
-    rows,
-    without,
-)
+from restpoint.transport.couplings import KSeq, MaximalCoupling, RecursiveRejection, SiblingCoupling, rows
 from restpoint.transport.optimal import OptimalTransport, all_within, greedy_and_one
+from restpoint.transport.siblings import draw_siblings, without
 from restpoint.transport.variation import residual
 
 INDEPENDENT, WITHOUT = "independent", "without replacement"

@@ -20,11 +20,11 @@ from decoding import (
 )
 from families import VOCABULARY, build
 from restpoint.decode.draft import Draft, TokenPath
-from restpoint.decode.fusion import TreeSettings
 from restpoint.decode.loop import Stopping, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget
+from restpoint.decode.tree import TreeSettings
 from restpoint.errors import RestpointError
 from restpoint.model.layered import LayeredModel
 

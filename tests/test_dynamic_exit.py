@@ -16,12 +16,14 @@ from restpoint.decode.draft import ROOT, Draft, TokenPath, Verified
 from restpoint.decode.drafters import exit as exit_module
 from restpoint.decode.drafters.dynamic_exit import DynamicExitDrafter
 from restpoint.decode.drafters.exit import ExitDrafter
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Round, Stopping, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import Kept, LayeredTarget
-from restpoint.drafting import DYNAMIC_EXIT, Drafting
+from restpoint.decode.tree import TreeSettings
+from restpoint.drafting.names import DYNAMIC_EXIT
+from restpoint.drafting.speculators import Drafting
 from restpoint.equilibrium import AffineMap, IdentityPredictor, RestPointRecurrence
 from restpoint.equilibrium.predictors import Predictor
 from restpoint.errors import RestpointError
@@ -276,7 +278,7 @@ def test_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = replace(costs_of(list(candidates.values())), device="elsewhere")
     profile = Profile("", "", next(iter(candidates)), candidates, {}, costs, None)
     can = check(layered)
-    monkeypatch.setattr("restpoint.drafting.measure_passes", lambda *_, rows: costs.verify)
+    monkeypatch.setattr("restpoint.drafting.costs.measure_passes", lambda *_, rows: costs.verify)
     measured: list[str] = []
 
     def measure(_target: LayeredTarget, drafters: Sequence[ExitDrafter]) -> tuple[float, float]:
@@ -284,7 +286,7 @@ def test_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         measured.append(drafter.name)
         return costs.draft[drafter.name]
 
-    monkeypatch.setattr("restpoint.drafting.measure_drafts", measure)
+    monkeypatch.setattr("restpoint.drafting.costs.measure_drafts", measure)
     drafting = Drafting(layered, can, profile, [DYNAMIC_EXIT])
     sampler, target = Sampler(GREEDY), LayeredTarget(layered)
     expected = tokens_of(list(decode(LayeredTarget(layered), PROMPT, sampler, Stopping(max_tokens=20))))

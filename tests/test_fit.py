@@ -364,7 +364,7 @@ def test_costs_are_measured_again_elsewhere(fitted: tuple[Path, FitReport], monk
     """The profile's own where device and dtype are the same and they still hold, else measured: once, a batch anew."""
     profile = Profile.load(fitted[0])
     holds = True
-    monkeypatch.setattr("restpoint.drafting.still_hold", lambda *_: holds)
+    monkeypatch.setattr("restpoint.drafting.costs.still_hold", lambda *_: holds)
 
     def costs_of(profile: Profile, rows: int = 1) -> tuple[Costs, Costs]:
         decoder = Decoder(tiny(), profile, (profile.chosen,))

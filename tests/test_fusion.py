@@ -16,12 +16,13 @@ from restpoint.decode.acceptance import Acceptance, AcceptanceCounter, Calibrati
 from restpoint.decode.control import Control, Pace, Rest, best_count
 from restpoint.decode.costs import Costs
 from restpoint.decode.draft import ROOT, Candidates, Draft, TokenPath, Verified
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Stopping, decode
 from restpoint.decode.overhead import measure_overhead
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget
+from restpoint.decode.tree import TreeSettings
 from restpoint.decode.trie import Trie
 from restpoint.decode.verifiers.registry import VERIFIERS
 from restpoint.model.layered import LayeredModel

@@ -12,12 +12,12 @@ from restpoint.decode.drafters.datastore import Datastore, tokenizer_hash
 from restpoint.decode.drafters.draft_model import draft_by_model
 from restpoint.decode.drafters.skip_choice import SkipChoice
 from restpoint.decode.drafters.skips import SkipSet
-from restpoint.decode.fusion import TreeSettings
 from restpoint.decode.loop import Stopping, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
+from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.registry import VERIFIERS
-from restpoint.drafting import Maker, retrieve_from, skip_layers
+from restpoint.drafting.brought import Maker, retrieve_from, skip_layers
 from restpoint.generate import Decoder
 from restpoint.model.load import Loaded, load
 from restpoint.profile import Profile

@@ -12,11 +12,12 @@ from scipy.stats import chi2
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from decoding import fused, model_and_target, tokens_of
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Stopping, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, Scored
+from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.base import Verifier
 from restpoint.decode.verifiers.registry import VERIFIERS
 

@@ -19,7 +19,8 @@ from restpoint.model.layered import LayeredModel
 from restpoint.theory.options import HEAD, LAYERS, STUDIES, SimulateOptions, chosen
 from restpoint.theory.page import write_page
 from restpoint.theory.pictures import draw
-from restpoint.theory.simulate import RUN, SPECTRA, causal, head, mean_field, phase, spectrum, strip
+from restpoint.theory.simulate import RUN, SPECTRA, causal, mean_field, phase, spectrum, strip
+from restpoint.theory.simulate_model import head
 from restpoint.theory.weights import read_heads
 
 SMALL = {

@@ -12,12 +12,13 @@ from decoding import costs, fused, native, together, tokens_of
 from restpoint.decode.control import Control
 from restpoint.decode.draft import Draft, TokenPath
 from restpoint.decode.drafters.few_steps import FewStepsDrafter, default_steps
-from restpoint.decode.fusion import Fusion, TreeSettings
+from restpoint.decode.fusion import Fusion
 from restpoint.decode.loop import Stopping, Text, decode
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget
-from restpoint.drafting import drafting_for
+from restpoint.decode.tree import TreeSettings
+from restpoint.drafting.speculators import drafting_for
 from restpoint.errors import RestpointError
 from restpoint.model.check import check
 from restpoint.model.compiled import CompiledModel

@@ -15,7 +15,8 @@ from restpoint.decode.verifiers.nodewise import NodeWise
 from restpoint.decode.verifiers.registry import VERIFIERS, verifier
 from restpoint.decode.verifiers.traversal import Traversal, _Left
 from restpoint.errors import RestpointError
-from restpoint.transport.couplings import MaximalCoupling, SiblingCoupling, without
+from restpoint.transport.couplings import MaximalCoupling, SiblingCoupling
+from restpoint.transport.siblings import without
 from restpoint.transport.variation import residual
 
 VOCAB = 3

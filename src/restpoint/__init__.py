@@ -121,7 +121,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Import a public name on first use; later uses find it in the module (PEP 562)."""
     if name == "__version__":
-        value: Any = import_module("restpoint.console").version()
+        value: Any = import_module("restpoint.console.terminal").version()
     elif name in _HOMES:
         value = getattr(import_module(f"restpoint.{_HOMES[name]}"), name)
     else:

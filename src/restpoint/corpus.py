@@ -9,11 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from restpoint.bundled import MODELS
+from restpoint.bundled import MODELS, REFERENCE
 from restpoint.errors import RestpointError
-
-REFERENCE = "reference"
-"""The name of the bundled model, as :func:`restpoint.model.load.load` has it."""
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _BLOCK = 100_000  # characters: a plain text of any size is read in blocks of whole lines

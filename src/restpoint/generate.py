@@ -9,24 +9,26 @@ from transformers import LogitsProcessorList
 
 from restpoint.decode.compiled import CompiledTarget
 from restpoint.decode.draft import Speculator
-from restpoint.decode.fusion import TreeSettings
 from restpoint.decode.loop import Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.settings import SamplingSettings
 from restpoint.decode.target import LayeredTarget, NativeTarget, Target
+from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.registry import verifier as named_verifier
-from restpoint.drafting import Maker, drafting_for
+from restpoint.drafting.brought import Maker
+from restpoint.drafting.speculators import drafting_for
 from restpoint.errors import RestpointError
 from restpoint.exit.chosen import chosen_policy, promised, refuse_drafters, require_exits
 from restpoint.exit.policy import ExitPolicy
 from restpoint.generation import Generation, Piece, Words
 from restpoint.looping import Looping
 from restpoint.model.check import Capabilities, check
-from restpoint.model.compiled import CompiledModel, Progress
+from restpoint.model.compiled import CompiledModel
 from restpoint.model.load import Loaded
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.unrolled import layered_model
 from restpoint.profile import Profile
+from restpoint.progress import Progress
 
 DRAFTERS = ("lookup", "recycling", "predictor")
 """Who drafts by a profile, unless told otherwise."""
@@ -66,8 +68,8 @@ class Decoder:
     Args:
         loaded: model and tokenizer.
         profile: what was fitted for this model.
-        drafters: who drafts, by name (see :class:`restpoint.drafting.Drafting`); if None, lookup, recycling and the
-            predictor where there is a profile, and nobody, which is plain decoding, where there is none.
+        drafters: who drafts, by name (see :class:`restpoint.drafting.speculators.Drafting`); if None, lookup, recycling
+            and the predictor where there is a profile, and nobody, which is plain decoding, where there is none.
         brought: further drafters by name, each made for a text's target: a draft model, a datastore.
         verifier: how drafts drawn at random are verified; see :data:`restpoint.decode.verifiers.registry.VERIFIERS`.
         tree: limits of the draft tree.

@@ -19,7 +19,10 @@ MODEL_PATH: Path = _HERE / "model"
 RECURRENT_PATH: Path = _HERE / "recurrent"
 """The bundled recurrent-depth model, of the same tokenizer: a Hugging Face checkpoint folder."""
 
-MODELS: dict[str, Path] = {"reference": MODEL_PATH, "recurrent": RECURRENT_PATH}
+REFERENCE = "reference"
+"""The name of the reference model, which is loaded where none is named."""
+
+MODELS: dict[str, Path] = {REFERENCE: MODEL_PATH, "recurrent": RECURRENT_PATH}
 """Names that the bundled models are loaded by."""
 
 PROFILE_PATH: Path = _HERE / "profile"

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -14,9 +14,8 @@ from restpoint.exit.view import Readout
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.progress import Progress
 from restpoint.tensors import save
-
-Progress = Callable[[str, int, int], None]
 
 _FILE = "readout.safetensors"
 _FITTED_BY = ("read_layers", "refine", "features", "vocabulary", "fit_tokens", "seed")

@@ -18,8 +18,7 @@ from restpoint.exit.radius import RestRadius
 from restpoint.exit.rules import CatchUp, LayerSkipRule, PositionRule, ThresholdRule
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
-
-Progress = Callable[[str, int, int], None]
+from restpoint.progress import Progress
 
 
 @dataclass(frozen=True)

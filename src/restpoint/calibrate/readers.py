@@ -24,17 +24,15 @@ from restpoint.fit.options import FitOptions
 from restpoint.fit.recording import Recording, record
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.progress import Progress
 from restpoint.trajectory.measure import Trajectory
 from restpoint.trajectory.record import continue_texts
 from restpoint.trajectory.task_examples import TaskExamples
 from restpoint.trajectory.task_probe import fit_probe
 
-Progress = Callable[[str, int, int], None]
-
 _OWN = 0.3
 """Share of the text that predictors are fitted on that the model writes itself."""
 _LENGTH = 128
-_SCORED = 16
 """Held-out sequences that ridge strengths are compared on."""
 _LOOK = 100
 """Gradient steps between two looks at the held-out text."""
@@ -122,14 +120,11 @@ def _solve(
     def fitted() -> Iterator[Chunk]:
         return recorded.chunks(recorded.fitted)
 
-    def held_out() -> Iterator[Chunk]:
-        return recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // _SCORED)])
-
     solved: dict[int, AffinePredictor] = {}
     for done, layer in enumerate(layers):
         report("solve predictors", done, len(layers))
         solved[layer] = fit_affine(
-            fitted, held_out, state_layers(layer, options), settings, score=recorded.score
+            fitted, recorded.scored, state_layers(layer, options), settings, score=recorded.score
         ).predictor
     report("solve predictors", len(layers), len(layers))
     if options.refine:

@@ -32,8 +32,7 @@ from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
 from restpoint.model.unrolled import layered_model
 from restpoint.profile import Profile
-
-Progress = Callable[[str, int, int], None]
+from restpoint.progress import Progress
 
 _TUNED = 400
 """Prompts to fit the signal and to choose layers and thresholds on."""

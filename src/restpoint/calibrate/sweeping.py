@@ -1,7 +1,7 @@
 """What early exit could give on a model: every signal on the same traces, before anything is decoded early."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from restpoint.exit.sweep import Curve, fixed, oracle, sweeps
 from restpoint.exit.traces import record_traces
 from restpoint.model.load import Loaded
 from restpoint.model.unrolled import layered_model
-
-Progress = Callable[[str, int, int], None]
+from restpoint.progress import Progress
 
 _TUNED = 200
 """Prompts to fit signals on."""

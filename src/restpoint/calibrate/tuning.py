@@ -1,6 +1,6 @@
 """What is chosen on the model's own text before anything is certified: signal, layers, thresholds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -16,8 +16,7 @@ from restpoint.exit.sweep import sweep
 from restpoint.exit.traces import Traces, record_traces
 from restpoint.exit.view import Readout
 from restpoint.model.layered import LayeredModel
-
-Progress = Callable[[str, int, int], None]
+from restpoint.progress import Progress
 
 _SHARES = (0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
 """Of epsilon, the losses on the traces that thresholds to certify are taken at, from safe to fast."""

@@ -8,11 +8,11 @@ from typing import Annotated
 import tyro
 from tyro.conf import subcommand
 
-from restpoint import console
 from restpoint.cli.decoding import Bench, Check, Fit, Generate, Index
 from restpoint.cli.exiting import Calibrate, Sweep
 from restpoint.cli.studying import Analyze, Compare, Merge, Report, Simulate
 from restpoint.cli.training import TrainRecurrent
+from restpoint.console import terminal
 from restpoint.errors import RestpointError
 
 _DESCRIPTION = """Faster decoding of pretrained transformers, with exactly the model's own output or a certified loss.
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words[:end]
     words = [word for word in words[:end] if word != "--debug"] + words[end:]
     if words == ["--version"]:
-        print(f"restpoint {console.version()}")
+        print(f"restpoint {terminal.version()}")
         return 0
     verb = None
     try:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(exit.code or 0)
     except KeyboardInterrupt:
         resumed = [verb.interrupted()] if isinstance(verb, Fit | Analyze | Calibrate | TrainRecurrent) else []
-        console.say("; ".join(["interrupted", *resumed]))
+        terminal.say("; ".join(["interrupted", *resumed]))
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         if isinstance(error, RestpointError | OSError):
-            console.say(f"error: {error}")
+            terminal.say(f"error: {error}")
             return 2
-        console.say(f"internal error: {type(error).__name__}: {error}; --debug shows the traceback")
+        terminal.say(f"internal error: {type(error).__name__}: {error}; --debug shows the traceback")
         return 1

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from restpoint import console
-from restpoint.bundled import fit_texts
+from restpoint.bundled import REFERENCE, fit_texts
 from restpoint.cli.loading import LoadFlags, Model, Texts, profile_for
-from restpoint.corpus import REFERENCE, model_and_prompt, read_texts
+from restpoint.console import tables, terminal, writing
+from restpoint.corpus import model_and_prompt, read_texts
 from restpoint.decode.settings import SamplingSettings
 from restpoint.errors import RestpointError
 from restpoint.evaluate.options import BenchOptions
@@ -63,7 +63,8 @@ class DraftFlags:
         from restpoint.decode.drafters.datastore import Datastore, tokenizer_hash
         from restpoint.decode.drafters.draft_model import draft_by_model
         from restpoint.decode.drafters.skips import SkipSet
-        from restpoint.drafting import PREDICTOR, retrieve_from, skip_layers
+        from restpoint.drafting.brought import retrieve_from, skip_layers
+        from restpoint.drafting.names import PREDICTOR
         from restpoint.generate import DEFAULT_VERIFIER, Decoder, default_drafters
 
         if looping is not None:
@@ -86,7 +87,7 @@ class DraftFlags:
             datastore.require(tokenizer_hash(loaded.tokenizer))
             brought["datastore"] = retrieve_from(datastore)
         verifier = self.verifier or DEFAULT_VERIFIER
-        with console.progress_bars() as progress:
+        with terminal.progress_bars() as progress:
             return Decoder(
                 loaded, profile, names, brought=brought, verifier=verifier, compile=self.compile, progress=progress
             )
@@ -159,10 +160,10 @@ class Check:
         layered = layered_model(loaded.model)
         capabilities = check(layered)
         if self.json:
-            print(console.capability_json(loaded, capabilities, layered.depth))
+            print(tables.capability_json(loaded, capabilities, layered.depth))
         else:
-            console.show(console.capability_table(loaded, capabilities, layered.depth))
-            console.show(console.verdict(capabilities))
+            terminal.show(tables.capability_table(loaded, capabilities, layered.depth))
+            terminal.show(tables.verdict(capabilities))
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,10 @@ class Fit:
 
         from restpoint.fit.run import fit_profile
 
-        with console.progress_bars() as progress:
+        with terminal.progress_bars() as progress:
             report = fit_profile(loaded, texts, self.fitting, self.output, progress)
-        console.show(console.fit_table(report))
-        console.show(f"The profile is in {self.output}")
+        terminal.show(tables.fit_table(report))
+        terminal.show(f"The profile is in {self.output}")
 
     def interrupted(self) -> str:
         """How to go on."""
@@ -249,7 +250,7 @@ class Generate:
         decoder = self.drafting.decoder(loaded, profile, self.loading, self.plain, looping)
         for note in (*decoder.notes, decoder.unfamiliar(prompt)):
             if note:
-                console.say(note)
+                terminal.say(note)
         pieces = decoder.stream(
             prompt,
             self.sampling,
@@ -259,13 +260,13 @@ class Generate:
             draft_tokens=self.drafting.draft_tokens,
         )
         if self.json:
-            rounds = console.print_generation(decoder, prompt, pieces)
+            rounds = writing.print_generation(decoder, prompt, pieces)
         else:
-            rounds = console.write_pieces(pieces, depth=decoder.layered.depth if self.show_depth else None)
+            rounds = writing.write_pieces(pieces, depth=decoder.layered.depth if self.show_depth else None)
         if rounds[-1].finished == "context":
-            console.say(f"stopped: the model's context of {decoder.loaded.context_length} tokens is full")
+            terminal.say(f"stopped: the model's context of {decoder.loaded.context_length} tokens is full")
         if self.stats:
-            console.show_statistics(decoder, rounds)
+            writing.show_statistics(decoder, rounds)
 
 
 @dataclass(frozen=True)
@@ -291,9 +292,9 @@ class Index:
         tokenizer = self.loading.load(self.model).tokenizer
         from restpoint.decode.drafters.datastore import Datastore, tokenizer_hash
 
-        encoded = (tokenizer(text).input_ids for text in console.counted(texts, "read documents"))
+        encoded = (tokenizer(text).input_ids for text in terminal.counted(texts, "read documents"))
         built = Datastore.build(encoded, self.output, tokenizer_hash(tokenizer))
-        console.show(f"{built.described.tokens:,} tokens are in {self.output}")
+        terminal.show(f"{built.described.tokens:,} tokens are in {self.output}")
 
 
 @dataclass(frozen=True)
@@ -326,9 +327,9 @@ class Bench:
             chart.check_path(self.plot)
         profile = profile_for(self.model, self.profile, plain=False)
         loaded = self.loading.load(self.model)
-        with console.progress_bars() as progress:
+        with terminal.progress_bars() as progress:
             report = bench(loaded, profile, self.measuring, progress)
-        console.show(table(report))
+        terminal.show(table(report))
         if self.json is not None:
             report.write(self.json)
         if self.plot is not None:

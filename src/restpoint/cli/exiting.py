@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from restpoint import console
-from restpoint.bundled import fit_texts
+from restpoint.bundled import REFERENCE, fit_texts
 from restpoint.calibrate.options import CalibrateOptions, SweepOptions
 from restpoint.cli.loading import LoadFlags, Model, Texts, profile_for
-from restpoint.corpus import REFERENCE, read_texts
+from restpoint.console import tables, terminal
+from restpoint.corpus import read_texts
 from restpoint.errors import RestpointError
 from restpoint.evaluate.looped.options import LoopOptions
 from restpoint.flags import Flag, Folder
@@ -64,12 +64,12 @@ class Calibrate:
         loaded = self.loading.load(self.model)
         from restpoint.calibrate.run import calibrate_exits
 
-        with console.progress_bars() as progress:
+        with terminal.progress_bars() as progress:
             report = calibrate_exits(loaded, texts, profile, self.calibrating, self.output, progress)
         if self.json:
-            print(console.calibrate_json(report))
+            print(tables.calibrate_json(report))
         else:
-            console.show(console.calibrate_table(report))
+            terminal.show(tables.calibrate_table(report))
 
     def interrupted(self) -> str:
         """How to go on."""
@@ -117,22 +117,22 @@ class Sweep:
         from restpoint.calibrate.sweeping import sweep_exits
         from restpoint.evaluate.exit_chart import draw
 
-        with console.progress_bars() as progress:
+        with terminal.progress_bars() as progress:
             found = sweep_exits(loaded, texts, self.sweeping, self.output, progress)
         draw({**found.curves, "oracle": found.oracle}, self.output / "sweep.png")
         found.write(self.output / "sweep.json")
         if self.json:
             print((self.output / "sweep.json").read_text())
         else:
-            console.show(console.sweep_table(found))
-            console.say(f"the picture is {self.output / 'sweep.png'}")
+            terminal.show(tables.sweep_table(found))
+            terminal.say(f"the picture is {self.output / 'sweep.png'}")
 
     def _run_loop(self, loaded: "Loaded") -> None:
         from restpoint.evaluate.looped.chart import draw
         from restpoint.evaluate.looped.run import sweep_loop
         from restpoint.evaluate.looped.table import loop_table
 
-        with console.progress_bars() as progress:
+        with terminal.progress_bars() as progress:
             found = sweep_loop(loaded, read_texts(self.text) if self.text else None, self.looping, progress)
         self.output.mkdir(parents=True, exist_ok=True)
         draw(found, self.output / "sweep.png")
@@ -140,8 +140,8 @@ class Sweep:
         if self.json:
             print((self.output / "sweep.json").read_text())
         else:
-            console.show(loop_table(found))
-            console.say(f"the picture is {self.output / 'sweep.png'}")
+            terminal.show(loop_table(found))
+            terminal.say(f"the picture is {self.output / 'sweep.png'}")
 
 
 def _refuse_changed(options: SweepOptions | LoopOptions, whose: str) -> None:

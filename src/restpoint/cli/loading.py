@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from restpoint.bundled import PROFILE_PATH
-from restpoint.corpus import REFERENCE
+from restpoint.bundled import PROFILE_PATH, REFERENCE
 from restpoint.errors import RestpointError
 from restpoint.flags import Flag, Name, Number
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from restpoint import console
-from restpoint.bundled import documents, prompts
+from restpoint.bundled import REFERENCE, documents, prompts
 from restpoint.cli.loading import LoadFlags, Texts, profile_for
-from restpoint.corpus import REFERENCE, read_texts
+from restpoint.console import tables, terminal
+from restpoint.corpus import read_texts
 from restpoint.flags import Flag, Folder
 from restpoint.theory.options import HEAD, LAYERS, SimulateOptions, chosen
 from restpoint.trajectory.options import SurveyOptions
@@ -68,23 +68,23 @@ class Simulate:
 
         run = RUN if self.source is None else self._of_model(self.source, names)
         found = []
-        for name in console.counted(names, "simulate"):
+        for name in terminal.counted(names, "simulate"):
             study = run[name](self.sizes)
             study.write_csv(self.output / f"{name}.csv")
             draw(study, self.output / f"{name}.png")
             found.append(study)
         page = write_page(found, self.output)
         if self.json:
-            print(console.study_json(found, self.output))
+            print(tables.study_json(found, self.output))
             return
         for study in found:
-            console.show(console.study_table(study))
-        console.show(f"Pictures and tables are in {self.output}, all on one page in {page}")
+            terminal.show(tables.study_table(study))
+        terminal.show(f"Pictures and tables are in {self.output}, all on one page in {page}")
 
     def _of_model(self, source: str, names: tuple[str, ...]) -> "dict[str, Callable[[SimulateOptions], Study]]":
         """The studies of a model, by name."""
         from restpoint.model.layered import LayeredModel
-        from restpoint.theory.simulate import head, layers
+        from restpoint.theory.simulate_model import head, layers
         from restpoint.theory.weights import read_heads
 
         loaded = self.loading.load(source)
@@ -146,14 +146,14 @@ class Analyze:
             profile.require(loaded)
         lenses = None if profile is None else profile.lenses()
         subject = Surveyed(self.model, loaded.model, loaded.tokenizer)
-        with console.progress_bars() as progress:
+        with terminal.progress_bars() as progress:
             atlas = survey(subject, samples(), self.survey, lenses=lenses, folder=self.output, progress=progress)
         twin = None
         if not self.no_twin and self.survey.share is None:
             fewer = replace(self.survey, max_tokens=max(2, self.survey.max_tokens // 4), scenes=0)
             random = untrained_twin(subject, self.survey.seed)
             texts = [(path.stem, read_texts([path])) for path in self.text]
-            with console.progress_bars() as progress:
+            with terminal.progress_bars() as progress:
                 twin = survey(random, samples(), fewer, folder=self.output / TWIN, progress=progress)
             twin.save(self.output / TWIN)
         atlas.save(self.output)
@@ -218,12 +218,12 @@ class Compare:
         atlases = Atlas.load(self.first), Atlas.load(self.second)
         found = compare(*atlases)
         if self.json:
-            print(console.comparison_json(found))
+            print(tables.comparison_json(found))
         else:
-            console.show(console.comparison_table(found))
+            terminal.show(tables.comparison_table(found))
         if self.output is not None:
             page = write_report(atlases[0], self.output / PAGE, atlases[1])
-            console.say(f"the page is {page}")
+            terminal.say(f"the page is {page}")
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,9 @@ def _present(atlas: "Atlas", beside: "Atlas | None", folder: Path, json: bool) -
     export_tables(atlas, folder / "tables")
     export_pictures(atlas, folder / "pictures", beside)
     if json:
-        print(console.atlas_json(atlas))
+        print(tables.atlas_json(atlas))
         return
-    console.show(console.atlas_table(atlas))
+    terminal.show(tables.atlas_table(atlas))
     for note in atlas.conditions["notes"]:
-        console.say(note)
-    console.show(f"The page is {page}; tables and pictures are beside it")
+        terminal.say(note)
+    terminal.show(f"The page is {page}; tables and pictures are beside it")

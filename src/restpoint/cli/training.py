@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from restpoint import console
+from restpoint.bundled import REFERENCE
 from restpoint.cli.loading import Texts
-from restpoint.corpus import REFERENCE, read_texts
+from restpoint.console import tables, terminal
+from restpoint.corpus import read_texts
 from restpoint.errors import RestpointError
 from restpoint.flags import Flag, Number
 from restpoint.train.options import TrainOptions
@@ -55,14 +56,14 @@ class TrainRecurrent:
         source = load(self.tokenizer, device="cpu")
         embedding: Any = source.model.get_input_embeddings()
         embeddings = embedding.weight if self.training.start_embeddings else None
-        with console.progress_bars() as progress:
+        with terminal.progress_bars() as progress:
             report = train_recurrent(
                 source.tokenizer, texts, self.training, self.output, embeddings=embeddings, progress=progress
             )
         if self.json:
             print((self.output / "losses.json").read_text())
         else:
-            console.show(console.train_table(report))
+            terminal.show(tables.train_table(report))
 
     def interrupted(self) -> str:
         """How to go on."""

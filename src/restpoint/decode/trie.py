@@ -3,6 +3,9 @@
 from restpoint.decode.acceptance import Acceptance
 from restpoint.decode.draft import ROOT, Candidates
 
+BY_CHANCE = -1
+"""In place of a drafter's index: the token was drawn at random."""
+
 
 class Trie:
     """Candidates of several drafters, merged, with the probability that each node stands.
@@ -14,7 +17,7 @@ class Trie:
         chances: probability that a node stands if its parent does: 1 - prod (1 - c) over what each drafter gives it.
             (Drafters' errors are not independent, so this is too sure; it orders nodes better than the largest c does.)
         reaches: probability that a node stands with all before it.
-        offers: for each node, who named it: index of the drafter and its confidence.
+        offers: for each node, who named it: index of the drafter (or ``BY_CHANCE``) and its confidence.
         children: for the root and every node (entry node + 1): token to node.
     """
 

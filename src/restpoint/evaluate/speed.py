@@ -1,7 +1,7 @@
 """Tokens per second of restpoint and of the baselines, on the same prompts, taking turns."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,8 @@ import torch
 
 from restpoint import bundled
 from restpoint.decode.drafters.tables import TABLES
-from restpoint.drafting import HEADS, PREDICTOR, STEPS, draft_at_exit
+from restpoint.drafting.brought import draft_at_exit
+from restpoint.drafting.names import HEADS, PREDICTOR, STEPS
 from restpoint.errors import RestpointError
 from restpoint.evaluate.baselines import EarlyExit, HuggingFace, PromptLookup
 from restpoint.evaluate.conditions import conditions
@@ -22,6 +23,7 @@ from restpoint.model.compiled import CompiledModel
 from restpoint.model.load import Loaded
 from restpoint.model.unrolled import layered_model
 from restpoint.profile import Profile
+from restpoint.progress import Progress
 
 __all__ = ["COMPILED", "COMPILED_PLAIN", "PLAIN", "RESTPOINT", "BenchOptions", "BenchReport", "bench"]
 
@@ -31,9 +33,6 @@ COMPILED_PLAIN = "compiled plain"
 COMPILED = "compiled"
 EXITS = "early exits"
 EXITS_VERIFIED = "early exits, verified"
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, how much of it is done and how much there is."""
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,7 @@ def require_exits(policy: ExitPolicy, layered: LayeredModel, capabilities: Capab
     policy.target(layered)
 
 
-def refuse_drafters(
-    drafters: Sequence[str] | None, brought: Mapping[str, Any] | None, argument: str = "exits"
-) -> None:
+def refuse_drafters(drafters: Sequence[str] | None, brought: Mapping[str, Any] | None, argument: str = "exits") -> None:
     """Nobody drafts where tokens exit early.
 
     Raises:

@@ -18,7 +18,8 @@ from restpoint.errors import RestpointError
 from restpoint.exit.rules import Rule
 from restpoint.exit.signals import Signal
 from restpoint.exit.view import Readout, View
-from restpoint.model.layered import LayeredModel, Plan
+from restpoint.model.layered import LayeredModel
+from restpoint.model.plan import Plan
 
 
 @dataclass

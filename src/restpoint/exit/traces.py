@@ -6,7 +6,7 @@ has. So its exits can be told from one recording at full depth, for all threshol
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from restpoint.exit.signals import Signal
 from restpoint.exit.view import Readout, View, views
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import context_length
+from restpoint.progress import Progress
 from restpoint.tensors import content_hash, save
 
 FORMAT = 2
@@ -34,9 +35,6 @@ _NUMBERS = 2**24
 
 _NOT_EMITTED = -20.0
 """Logarithm of the probability of a token that an exit cannot emit: finite, so that means are."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, how much of it is done and how much there is."""
 
 
 @dataclass(frozen=True, eq=False)

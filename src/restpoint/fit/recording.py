@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -19,12 +19,13 @@ from restpoint.fit.options import FitOptions
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.layered import LayeredModel
 from restpoint.model.load import Loaded
+from restpoint.progress import Progress
 from restpoint.trajectory.record import continue_texts, pack, states_of
 from restpoint.trajectory.store import StateStore, StoreLayout
 from restpoint.transport.variation import acceptance
 
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, how much of it is done and how much there is."""
+_SCORED = 16
+"""Held-out sequences that ridge strengths are compared on."""
 
 
 class Recording:
@@ -78,6 +79,10 @@ class Recording:
         for _ids, states in self.store.read(indices):
             wide = states[:, 1:].to(self.layered.device, torch.float32)
             yield Chunk(wide[:, :, :-1], wide[:, :, -1], layers)
+
+    def scored(self) -> Iterator[Chunk]:
+        """Those of a few of the held-out sequences, evenly spaced: enough to choose by."""
+        return self.chunks(self.held_out[:: max(1, len(self.held_out) // _SCORED)])
 
     def frequent_tokens(self, count: int) -> Tensor:
         """The most frequent tokens of the text fitted on."""

@@ -17,17 +17,16 @@ from restpoint.errors import RestpointError
 from restpoint.fit.along_depth import extrapolations, layers_before
 from restpoint.fit.measuring import CostMeter, measure, measure_instant
 from restpoint.fit.options import FitOptions
-from restpoint.fit.recording import Progress, Recording, record
+from restpoint.fit.recording import Recording, record
 from restpoint.fit.starting import require_loop, solve_start
 from restpoint.model.check import check
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.load import Loaded
 from restpoint.model.unrolled import layered_model
 from restpoint.profile import Calibrations, Measured, Profile
+from restpoint.progress import Progress
 
 _ALIKE = 0.97
-_SCORED = 16
-"""Held-out sequences that ridge strengths are compared on."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,10 @@ def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], rep
     )
     lifted = replace(linear, features=options.features)
 
+    held_out = recorded.scored
+
     def stream() -> Iterator[Chunk]:
         return recorded.chunks(recorded.fitted)
-
-    def held_out() -> Iterator[Chunk]:
-        return recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // _SCORED)])
 
     def add(name: str, solve: Callable[[Callable[[FitProgress], None]], Predictor]) -> None:
         jobs.append((name, solve))
@@ -203,7 +201,7 @@ def _solve_heads(recorded: Recording, options: FitOptions, report: Progress) -> 
     )
     solved = fit_heads(
         lambda: recorded.chunks(recorded.fitted),
-        lambda: recorded.chunks(recorded.held_out[:: max(1, len(recorded.held_out) // _SCORED)]),
+        recorded.scored,
         settings=settings,
         score=recorded.score,
     )

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from restpoint.errors import RestpointError
-from restpoint.fit.recording import Progress, Recording
+from restpoint.fit.recording import Recording
 from restpoint.model.load import Loaded
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.recurrent.deq import DeepEquilibriumForCausalLM
 from restpoint.model.recurrent.starts import PredictedStart, fit_start
+from restpoint.progress import Progress
 
 _BATCH = 16
 

@@ -22,13 +22,14 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from restpoint.decode.draft import Speculator
-from restpoint.decode.fusion import TreeSettings
 from restpoint.decode.loop import Stopping, Text, decode_batch
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.target import LayeredTarget, NativeTarget
+from restpoint.decode.tree import TreeSettings
 from restpoint.decode.verifiers.base import Verifier
 from restpoint.decode.verifiers.registry import verifier as named_verifier
-from restpoint.drafting import Drafting, Maker, drafting_for
+from restpoint.drafting.brought import Maker
+from restpoint.drafting.speculators import Drafting, drafting_for
 from restpoint.errors import RestpointError
 from restpoint.exit.chosen import chosen_policy, promised, refuse_drafters, require_exits
 from restpoint.exit.policy import ExitPolicy

@@ -1,7 +1,7 @@
 """The whole depth of a model as one compiled function, for a few widths of block."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -19,6 +19,7 @@ from restpoint.model.narrow import NarrowProducts
 from restpoint.model.passes import Pass, block_shape, storage
 from restpoint.model.tables import Tables
 from restpoint.model.unrolled import UnrolledModel
+from restpoint.progress import Progress
 
 WIDTHS = (2, 4, 8, 16)
 """One token runs as two, at no cost that could be measured: for one row alone, compilers choose other sums."""
@@ -26,9 +27,6 @@ WIDTHS = (2, 4, 8, 16)
 _LARGEST_START = 1024
 _TIMED_PASSES = 12
 _LIMIT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done, and how many there are."""
 
 
 class BucketCache(SlotCache):

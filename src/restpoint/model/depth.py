@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from restpoint.errors import RestpointError
-from restpoint.model.layered import LayeredModel, Plan
+from restpoint.model.layered import LayeredModel
 from restpoint.model.masks import Tree
+from restpoint.model.plan import Plan
 
 StateMap = Callable[[Tensor], Tensor]
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from restpoint.errors import RestpointError
 from restpoint.model.stack import LayerStack
 
 
@@ -45,6 +46,36 @@ class Head:
             difference = (self._direct(hidden).float() - logits.float()).abs().max()
         self.direct = bool(difference <= tolerance)
 
+    @classmethod
+    def find(cls, stack: LayerStack, ids: Int[Tensor, "1 seq"]) -> "Head":
+        """One small pass of the model itself: what its layers return, and which modules come after them.
+
+        Raises:
+            RestpointError: its logits are not finite.
+        """
+        outputs: list[Any] = []
+        tail: list[nn.Module] = []
+        raw: list[Tensor] = []
+        hooks = [stack.layers[-1].register_forward_hook(lambda _m, _a, output: outputs.append(output))]
+        for child in stack.owner.children():
+            hooks.append(child.register_forward_hook(lambda m, _a, _o: tail.append(m) if outputs else None))
+
+        def note_raw(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            raw.append(output)
+
+        unembedding: Any = stack.model.get_output_embeddings()
+        hooks.append(unembedding.register_forward_hook(note_raw))
+        try:
+            logits = stack.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        require_finite(logits)
+        output = outputs[0]
+        stack.outputs = len(output) if isinstance(output, tuple) else 0
+        hidden = output[0] if isinstance(output, tuple) else output
+        return cls(stack, hidden, tail, raw[0] if raw else None, logits)
+
     def rest_state(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch rest"]:
         """What the unembedding reads: the final norm (and projection) of h_L."""
         for module in self.tail:
@@ -78,6 +109,12 @@ class Head:
 
     def _direct(self, hidden: Tensor) -> Tensor:
         return self.unembed(self.rest_state(hidden))
+
+
+def require_finite(logits: Tensor) -> None:
+    """Refuse a model that gives no numbers."""
+    if not bool(torch.isfinite(logits).all()):
+        raise RestpointError("model: its logits are not finite (NaN or infinity); check the weights and the dtype")
 
 
 def _candidates(config: Any) -> list[Callable[[Tensor], Tensor]]:

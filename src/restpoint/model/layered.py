@@ -11,31 +11,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from restpoint.errors import RestpointError
-from restpoint.model.cache import Address, KeysWrittenError, SlotCache
+from restpoint.model.cache import KeysWrittenError, SlotCache
+from restpoint.model.embedding import find_scale
 from restpoint.model.head import Head
-from restpoint.model.lookahead import Lookahead, query_axes
-from restpoint.model.masks import Layout, MaskKind, Tree, by_slot
+from restpoint.model.layer_masks import LayerMasks
+from restpoint.model.lookahead import Lookahead, query_axes, rope_depends_on_length
+from restpoint.model.masks import Layout, MaskKind, Tree
+from restpoint.model.plan import Plan, address_of
 from restpoint.model.stack import LayerStack, Prelude
 
 _LOOKAHEAD = 64
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One pass, prepared: any of its layers can be run, in any number of segments.
-
-    Attributes:
-        hidden: h_0 of the pass.
-        arguments: keyword arguments of every layer.
-        cache: where keys and values go, if anywhere.
-        address: which slots are written and shown.
-    """
-
-    hidden: Float[Tensor, "batch seq hidden"]
-    arguments: list[dict[str, Any]]
-    cache: SlotCache | None
-    address: Address
 
 
 @dataclass
@@ -92,14 +77,20 @@ class LayeredModel:
         self.unembedding = cast(nn.Linear, unembedding)
         self.vocabulary_size = int(self.unembedding.weight.shape[0])
         self.head = self._calibrate()
-        self.mask_kinds = self._read_masks()
-        self.embedding_scale = self._embedding_scale()
-        self._query_axes = self._find_query_axes()
+        self._masks = LayerMasks(self.stack, self.config, self.cache, self.device)
+        self.embedding_scale = find_scale(self.stack, self.embedding, self.vocabulary_size)
+        depends = self.embedding_scale is None or self._masks.position_bias or rope_depends_on_length(self.config)
+        self._query_axes = None if depends else self.argument_axes()
 
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.config.hidden_size)
+
+    @property
+    def mask_kinds(self) -> list[MaskKind | None]:
+        """The kind of mask that each layer expects; None where it takes none."""
+        return self._masks.kinds
 
     @property
     def plans_ahead(self) -> bool:
@@ -159,9 +150,9 @@ class LayeredModel:
                 return self._plan_ahead(ids, cache, layout, positions[0].tolist(), rows)
         if cache is not None:
             cache.seen = max(bases)
-        prelude = self.stack.prelude(ids, positions, cache, self._told_mask(layout))
-        self._replace_masks(prelude.arguments, layout, prelude.hidden.dtype)
-        return Plan(prelude.hidden, prelude.arguments, cache, _address(layout, rows))
+        prelude = self.stack.prelude(ids, positions, cache, self._masks.told(layout))
+        self._masks.replace(prelude.arguments, layout, prelude.hidden.dtype)
+        return Plan(prelude.hidden, prelude.arguments, cache, address_of(layout, rows))
 
     @torch.no_grad()
     def run(
@@ -188,12 +179,10 @@ class LayeredModel:
         if plan.cache is not None:
             plan.cache.address = plan.address
         tokens = state.shape[0] * state.shape[1]
-        layers = self.stack.layers
         for index in range(start, self.depth if stop is None else stop):
             if index in skip:
                 continue
-            output = layers[index](state, **plan.arguments[index])
-            state = output[0] if isinstance(output, tuple) else output
+            state = self._layer(plan, index, state)
             self.work.layer_calls += 1
             self.work.token_layers += tokens
             if keep is not None:
@@ -219,7 +208,7 @@ class LayeredModel:
         try:
             for index in range(start, self.depth):
                 with suppress(KeysWrittenError):
-                    self.stack.layers[index](hidden, **plan.arguments[index])
+                    self._layer(plan, index, hidden)
         finally:
             plan.cache.only_write = False
 
@@ -236,6 +225,26 @@ class LayeredModel:
             return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
         positions = start + torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return self.stack.prelude(ids, positions, None, None).hidden
+
+    @torch.no_grad()
+    def prelude_at(self, start: int, count: int, cache: SlotCache | None = None) -> Prelude:
+        """What layers are given at so many consecutive positions; its masks and h_0 are those of no pass.
+
+        Args:
+            start: first position; all before it are taken to be filled.
+            count: number of positions.
+            cache: the cache that layers will write to; an empty one if None.
+        """
+        cache = self.cache() if cache is None else cache
+        cache.seen = start
+        positions = torch.arange(start, start + count, device=self.device)[None]
+        return self.stack.prelude(torch.zeros_like(positions), positions, cache, self._masks.told(None))
+
+    def argument_axes(self) -> list[dict[str, Any]] | None:
+        """For each layer argument, the axis that runs over queries; None where it depends on more than positions."""
+        total, counts = 37, (3, 5)
+        first, second = (self.prelude_at(total - count, count).arguments for count in counts)
+        return query_axes(first, second, counts, total)
 
     @torch.no_grad()
     def without_some(self, ids: Int[Tensor, "batch seq"]) -> tuple[frozenset[int], Float[Tensor, "batch seq vocab"]]:
@@ -257,6 +266,11 @@ class LayeredModel:
         """Layers that a pass of the model itself has run, by its output."""
         return self.depth
 
+    def _layer(self, plan: Plan, index: int, state: Tensor) -> Tensor:
+        """The state after a layer."""
+        output = self.stack.layers[index](state, **plan.arguments[index])
+        return output[0] if isinstance(output, tuple) else output
+
     def _take_apart(self, model: PreTrainedModel) -> LayerStack:
         """Where its layers are."""
         return LayerStack(model)
@@ -268,136 +282,19 @@ class LayeredModel:
         lookahead = cache.lookahead
         if lookahead is None or not lookahead.covers(positions):
             first = min(*cache.lengths, *positions)
-            ahead = torch.arange(first, first + _LOOKAHEAD, device=ids.device)[None]
-            cache.seen = first
-            prelude = self.stack.prelude(torch.zeros_like(ahead), ahead, cache, self._told_mask(None))
+            prelude = self.prelude_at(first, _LOOKAHEAD, cache)
             lookahead = cache.lookahead = Lookahead(first, _LOOKAHEAD, prelude.arguments, self._query_axes or [])
         arguments = lookahead.arguments(positions)
         hidden = self.embed(ids)
-        self._replace_masks(arguments, layout, hidden.dtype)
-        return Plan(hidden, arguments, cache, _address(layout, rows))
-
-    def _told_mask(self, layout: Layout | None) -> Tensor | None:
-        """The mask given to the model's own code: a 4-D one is passed through, which saves building it."""
-        if all(kind is None for kind in self.mask_kinds):
-            return None
-        if layout is not None and self._has_position_bias:
-            return torch.ones(layout.slots.shape[0], layout.length, dtype=torch.long, device=layout.slots.device)
-        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-
-    def _replace_masks(self, arguments: list[dict[str, Any]], layout: Layout, dtype: torch.dtype) -> None:
-        built: dict[MaskKind, Tensor | None] = {}
-        biases: dict[int, Tensor] = {}
-        for kind, keywords in zip(self.mask_kinds, arguments, strict=True):
-            if kind is None:
-                continue
-            native = keywords.get("attention_mask")
-            if kind not in built:
-                bias = native[:, :, -1:] if kind.biased and native is not None else None
-                built[kind] = layout.mask(kind, bias, dtype)
-            keywords["attention_mask"] = built[kind]
-            alibi = keywords.get("alibi")
-            if alibi is not None and (layout.trees is not None or not layout.uniform):
-                if id(alibi) not in biases:
-                    biases[id(alibi)] = by_slot(alibi, layout.slot_positions())
-                keywords["alibi"] = biases[id(alibi)]
+        self._masks.replace(arguments, layout, hidden.dtype)
+        return Plan(hidden, arguments, cache, address_of(layout, rows))
 
     @torch.no_grad()
     def _calibrate(self) -> Head:
-        """One small pass of the model itself: what its layers return, and which modules come after them."""
-        outputs: list[Any] = []
-        tail: list[nn.Module] = []
-        raw: list[Tensor] = []
-        hooks = [self.stack.layers[-1].register_forward_hook(lambda _m, _a, output: outputs.append(output))]
-        for child in self.stack.owner.children():
-            hooks.append(child.register_forward_hook(lambda m, _a, _o: tail.append(m) if outputs else None))
+        """What comes after the last layer, by one small pass of the model itself."""
+        return Head.find(self.stack, self._some_ids)
 
-        def note_raw(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            raw.append(output)
-
-        hooks.append(self.unembedding.register_forward_hook(note_raw))
-        ids = torch.arange(1, 6, device=self.device)[None] % self.vocabulary_size
-        try:
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not bool(torch.isfinite(logits).all()):
-            raise RestpointError("model: its logits are not finite (NaN or infinity); check the weights and the dtype")
-        output = outputs[0]
-        self.stack.outputs = len(output) if isinstance(output, tuple) else 0
-        hidden = output[0] if isinstance(output, tuple) else output
-        return Head(self.stack, hidden, tail, raw[0] if raw else None, logits)
-
-    @torch.no_grad()
-    def _read_masks(self) -> list[MaskKind | None]:
-        """The kind of mask that each layer expects, read off the masks that the model builds itself."""
-        self._has_position_bias = False
-        if "attention_mask" not in self.stack.argument_names:
-            return [None] * self.depth
-        sizes = [value for key, value in vars(self.config).items() if "window" in key or "chunk" in key]
-        past = 3 + max([size for size in sizes if isinstance(size, int)], default=1)
-        kinds = self._mask_kinds_after(past)
-        if self._mask_kinds_after(past + 1) != kinds:
-            raise RestpointError("model: the visible span of a layer changes with position (chunked attention)")
-        return kinds
-
-    def _mask_kinds_after(self, past: int) -> list[MaskKind | None]:
-        cache = self.cache()
-        cache.seen = past
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        told = torch.ones(1, past + 2, dtype=torch.long, device=self.device)
-        prelude = self.stack.prelude(ids, torch.zeros_like(ids), cache, told)
-        kinds: dict[int, MaskKind | None] = {}
-        for keywords in prelude.arguments:
-            mask = keywords.get("attention_mask")
-            self._has_position_bias |= keywords.get("alibi") is not None
-            if id(mask) not in kinds:
-                kinds[id(mask)] = None
-                if isinstance(mask, Tensor) and mask.ndim == 4:
-                    kinds[id(mask)] = MaskKind.read(mask, past)
-        return [kinds[id(keywords.get("attention_mask"))] for keywords in prelude.arguments]
-
-    @torch.no_grad()
-    def _embedding_scale(self) -> float | None:
-        """S where h_0 = s * embedding(ids) to the last bit at every position, else None."""
-        ids = torch.arange(2, 7, device=self.device)[None] % self.vocabulary_size
-        embedded = self.embedding(ids)
-        positions = torch.arange(5, device=self.device)[None]
-        seen = [self.stack.prelude(ids, positions + shift, None, None).hidden for shift in (0, 3)]
-        if any(hidden.shape != embedded.shape for hidden in seen):
-            return None
-        norm = float((embedded.float() ** 2).sum())
-        ratio = float((seen[0].float() * embedded.float()).sum()) / norm if norm > 0 else 1.0
-        rounded = float(torch.tensor(ratio, dtype=self.dtype))
-        for scale in (1.0, rounded, round(ratio, 6)):
-            if all(torch.equal(embedded * scale, hidden) for hidden in seen):
-                return scale
-        return None
-
-    @torch.no_grad()
-    def _find_query_axes(self) -> list[dict[str, Any]] | None:
-        """For each layer argument, the axis that runs over queries; None where arguments cannot be sliced."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        rope_types = {rope.get("rope_type")} | {
-            value.get("rope_type") for value in rope.values() if isinstance(value, dict)
-        }
-        if self.embedding_scale is None or self._has_position_bias or rope_types & _LENGTH_DEPENDENT_ROPE:
-            return None
-        total = 37
-        seen: list[Prelude] = []
-        for count in (3, 5):
-            cache = self.cache()
-            cache.seen = total - count
-            ids = torch.zeros(1, count, dtype=torch.long, device=self.device)
-            positions = torch.arange(total - count, total, device=self.device)[None]
-            seen.append(self.stack.prelude(ids, positions, cache, self._told_mask(None)))
-        return query_axes(seen[0].arguments, seen[1].arguments, (3, 5), total)
-
-
-def _address(layout: Layout, rows: Sequence[int] | None) -> Address:
-    if rows is not None:
-        return Address(layout.length, slots=layout.slots, rows=torch.tensor(list(rows), device=layout.slots.device))
-    if layout.uniform:
-        return Address(layout.length, start=layout.length - layout.slots.shape[1])
-    return Address(layout.length, slots=layout.slots)
+    @property
+    def _some_ids(self) -> Int[Tensor, "1 seq"]:
+        """Tokens to calibrate on."""
+        return torch.arange(1, 6, device=self.device)[None] % self.vocabulary_size

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class _NotSliceableError(Exception):
@@ -76,6 +79,13 @@ def query_axes(
         ]
     except _NotSliceableError:
         return None
+
+
+def rope_depends_on_length(config: PreTrainedConfig) -> bool:
+    """Whether the rotary tables of a position change with the length of the text."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {value.get("rope_type") for value in rope.values() if isinstance(value, dict)}
+    return bool(kinds & _LENGTH_DEPENDENT_ROPE)
 
 
 def _axes(one: Any, other: Any, counts: tuple[int, int], total: int) -> Any:

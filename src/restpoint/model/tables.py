@@ -11,10 +11,7 @@ from transformers.cache_utils import Cache
 
 from restpoint.errors import RestpointError
 from restpoint.model.layered import LayeredModel
-from restpoint.model.lookahead import query_axes
-from restpoint.model.stack import Prelude
-
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+from restpoint.model.lookahead import rope_depends_on_length
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,10 @@ class Tables:
             RestpointError: an argument depends on more than the position of its token.
         """
         _refuse(layered)
-        total = 37
-        seen = [_prelude(layered, total - width, width) for width in (3, 5)]
-        axes = query_axes(seen[0].arguments, seen[1].arguments, (3, 5), total)
+        axes = layered.argument_axes()
         if axes is None:
             raise _refusal(layered, "its layers are given more than depends on the position of each token")
-        return cls(count, _prelude(layered, 0, count).arguments, axes)
+        return cls(count, layered.prelude_at(0, count).arguments, axes)
 
     def look_up(self, positions: Int[Tensor, "batch token"]) -> list[Tensor]:
         """What the layers are given for tokens at these positions, each tensor once."""
@@ -80,21 +75,9 @@ class Tables:
         return list(found.values())
 
 
-def _prelude(layered: LayeredModel, start: int, count: int) -> Prelude:
-    cache = layered.cache()
-    cache.seen = start
-    positions = torch.arange(start, start + count, device=layered.device)[None]
-    told = None
-    if any(kind is not None for kind in layered.mask_kinds):
-        told = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layered.device)
-    return layered.stack.prelude(torch.zeros_like(positions), positions, cache, told)
-
-
 def _refuse(layered: LayeredModel) -> None:
     """What no table can hold."""
-    rope = getattr(layered.config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {value.get("rope_type") for value in rope.values() if isinstance(value, dict)}
-    if kinds & _LENGTH_DEPENDENT_ROPE:
+    if rope_depends_on_length(layered.config):
         raise _refusal(layered, "its rotary tables change with the length of the text")
     if any(kind is None for kind in layered.mask_kinds):
         raise _refusal(layered, "its layers take no attention mask")

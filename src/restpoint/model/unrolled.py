@@ -1,7 +1,6 @@
 """A model that iterates a block, as the deep model that it unrolls to: each step's layers are layers of their own."""
 
 from collections.abc import Collection
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from restpoint.errors import RestpointError
-from restpoint.model.cache import KeysWrittenError, SlotCache
-from restpoint.model.head import Head
-from restpoint.model.layered import LayeredModel, Plan
+from restpoint.model.cache import SlotCache
+from restpoint.model.head import Head, require_finite
+from restpoint.model.layered import LayeredModel
+from restpoint.model.plan import Plan
 from restpoint.model.recurrent.backbone import RecurrentDepthModel
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.recurrent.deq import DeepEquilibriumForCausalLM
@@ -180,20 +180,6 @@ class UnrolledModel(LayeredModel):
             state = self.stack.inner.norm(state)
         return state
 
-    @torch.no_grad()
-    def write_keys(self, plan: Plan, start: int, hidden: Float[Tensor, "batch seq hidden"]) -> None:
-        """See :meth:`LayeredModel.write_keys`."""
-        if plan.cache is None:
-            raise RestpointError("plan: it has no cache to write keys to; plan the pass with one")
-        plan.cache.address = plan.address
-        plan.cache.only_write = True
-        try:
-            for index in range(start, self.depth):
-                with suppress(KeysWrittenError):
-                    self._layer(plan, index, hidden)
-        finally:
-            plan.cache.only_write = False
-
     @property
     def _first(self) -> int:
         """First layer of the core."""
@@ -246,13 +232,11 @@ class UnrolledModel(LayeredModel):
         entering: list[Tensor] = []
         norm = self.stack.inner.norm
         hook = norm.register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
-        ids = torch.arange(1, 6, device=self.device)[None] % self.vocabulary_size
         try:
-            logits = self.model(input_ids=ids, use_cache=False, num_steps=self.steps).logits
+            logits = self.model(input_ids=self._some_ids, use_cache=False, num_steps=self.steps).logits
         finally:
             hook.remove()
-        if not bool(torch.isfinite(logits).all()):
-            raise RestpointError("model: its logits are not finite (NaN or infinity); check the weights and the dtype")
+        require_finite(logits)
         return Head(self.stack, entering[-1], [norm], logits, logits)
 
 
@@ -275,10 +259,7 @@ class SolvedModel(UnrolledModel):
 
     @torch.no_grad()
     def _calibrate(self) -> Head:
-        ids = torch.arange(1, 6, device=self.device)[None] % self.vocabulary_size
-        output = self.model(input_ids=ids, use_cache=False)
-        if not bool(torch.isfinite(output.logits).all()):
-            raise RestpointError("model: its logits are not finite (NaN or infinity); check the weights and the dtype")
+        require_finite(self.model(input_ids=self._some_ids, use_cache=False).logits)
         hidden = torch.zeros(1, 5, self.hidden_size, dtype=self.dtype, device=self.device)
         norm = self.stack.inner.norm
         return Head(self.stack, hidden, [norm], self.stack.injected_logits(hidden), self.stack.injected_logits(hidden))

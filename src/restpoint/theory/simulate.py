@@ -1,9 +1,6 @@
-"""The studies of `restpoint simulate`: phase diagram, clusters, causal centres, spectrum of V, mean field, a head."""
+"""The studies of `restpoint simulate` without a model: phases, clusters, causal centres, spectrum of V, mean field."""
 
-import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import astuple, fields
 
 import numpy as np
 import torch
@@ -11,21 +8,19 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from restpoint.errors import RestpointError
-from restpoint.model.layered import LayeredModel
 from restpoint.theory.attention import SelfAttention, identity_attention
-from restpoint.theory.confront import Level, Step, confront
 from restpoint.theory.evolve import RungeKutta, System, evolve, record
 from restpoint.theory.maps import Heads
-from restpoint.theory.options import HEAD, LAYERS, SimulateOptions
+from restpoint.theory.options import SimulateOptions
 from restpoint.theory.sphere import uniform_start
 from restpoint.theory.study import Study
-from restpoint.theory.weights import ReadHeads
 from restpoint.trajectory import observables as seen
 
 PERSPECTIVE = "Geshkovski, Letrouit, Polyanskiy, Rigollet 2023, A mathematical perspective on transformers"
 CAUSAL = "Karagodin, Polyanskiy, Rigollet 2024, Clustering in causal attention masking"
 
-_STEP = 0.1
+STEP = 0.1
+"""Of the Runge-Kutta scheme, where none is given."""
 
 SPECTRA: dict[str, tuple[float, ...]] = {
     "1, 1, 1": (1.0, 1.0, 1.0),
@@ -46,12 +41,12 @@ def phase(options: SimulateOptions) -> Study:
     """
     n, seeds, end = options.particles or 32, options.seeds or 4, options.time or 30.0
     betas = torch.tensor(options.betas or [0.1 + 8.9 * k / 23 for k in range(24)], dtype=torch.float64)
-    times = _times(end, 60)
+    times = times_until(end, 60)
     start = uniform_start(1, seeds, n, 2, seed=options.seed).expand(len(betas), seeds, n, 2)
     system = identity_attention(betas[:, None], 2)
     measured = [
         (seen.clustered_share(now).mean(1), seen.cluster_count(now).double().mean(1))
-        for now in evolve(system, start, times, RungeKutta(options.step or _STEP))
+        for now in evolve(system, start, times, RungeKutta(options.step or STEP))
     ]
     shares, clusters = (torch.stack(column).numpy() for column in zip(*measured, strict=True))
     rows = [
@@ -76,11 +71,11 @@ def phase(options: SimulateOptions) -> Study:
 def strip(options: SimulateOptions) -> Study:
     """Where every particle is over time, on the circle and on the sphere, V = QᵀK = I."""
     n, beta, end = options.particles or 32, options.one_beta(9.0), options.time or 30.0
-    times = _times(end, 120)
+    times = times_until(end, 120)
     rows, arrays, facts = [], {"times": np.array(times)}, {}
     for name, dim in (("circle", 2), ("sphere", 3)):
         start = uniform_start(n, dim, seed=options.seed)
-        states = record(identity_attention(beta, dim), start, times, RungeKutta(options.step or _STEP))
+        states = record(identity_attention(beta, dim), start, times, RungeKutta(options.step or STEP))
         arrays[name] = states.numpy()
         facts[f"clusters on the {name}, time 0"] = float(seen.cluster_count(states[0]))
         facts[f"clusters on the {name}, time {end:g}"] = float(seen.cluster_count(states[-1]))
@@ -98,10 +93,10 @@ def causal(options: SimulateOptions) -> Study:
     """
     n, seeds, beta, end = options.particles or 200, options.seeds or 4, options.one_beta(64.0), options.time or 100.0
     delta = 4 * beta**-0.5
-    times = _times(end, 100)
+    times = times_until(end, 100)
     start = uniform_start(seeds, n, 2, seed=options.seed)
     strong, centres = seen.strong_renyi_centres(start, delta), seen.renyi_centres(start, delta)
-    system, scheme = identity_attention(beta, 2, causal=True), RungeKutta(options.step or _STEP)
+    system, scheme = identity_attention(beta, 2, causal=True), RungeKutta(options.step or STEP)
     drawn = int((centres & ~strong).sum(-1).argmax())
     rows, kept, held, shift = [], [], [], torch.zeros(seeds, n)
     for time, now in zip(times, evolve(system, start, times, scheme), strict=True):
@@ -195,7 +190,7 @@ def mean_field(options: SimulateOptions) -> Study:
     counts = [count for count in (32, 64, 128, 256, 512, 1024, 2048) if count < most] + [most]
     if len(counts) < 2:
         raise RestpointError(f"particles is {most}; a limit needs at least 33")
-    system, scheme = identity_attention(beta, 2), RungeKutta(options.step or _STEP)
+    system, scheme = identity_attention(beta, 2), RungeKutta(options.step or STEP)
     quantiles = (torch.arange(4 * most, dtype=torch.float64) + 0.5) / (4 * most)
     limit = _angles_at(system, _quantile(quantiles), end, scheme)
     generator = torch.Generator().manual_seed(options.seed)
@@ -218,97 +213,12 @@ def mean_field(options: SimulateOptions) -> Study:
     )
 
 
-def head(options: SimulateOptions, read: ReadHeads, name: str) -> Study:
-    """Causal particles under the maps of one attention head, on the sphere of the model's hidden size.
-
-    V is divided by its largest singular value, which changes the unit of time only.
-    """
-    n, seeds, end = options.particles or 32, options.seeds or 4, options.time or 40.0
-    betas = torch.tensor(options.betas or (0.25, 1.0, 4.0), dtype=torch.float64)
-    value = read.maps.value
-    size = float(torch.linalg.matrix_norm(value.sum(0), 2))
-    maps = Heads(read.maps.query_key, value / size)
-    eigenvalues, vectors = torch.linalg.eig(maps.value.sum(0))
-    leading = int(eigenvalues.real.argmax())
-    plane = torch.linalg.qr(torch.stack((vectors[:, leading].real, vectors[:, leading].imag), 1))[0]
-    if float(eigenvalues[leading].imag.abs()) < 1e-9:
-        plane = vectors[:, leading : leading + 1].real
-    times = _times(end, 80)
-    start = uniform_start(1, seeds, n, maps.dim, seed=options.seed).expand(len(betas), seeds, n, maps.dim)
-    system = SelfAttention(betas[:, None], maps, causal=True)
-    measured, rows = [], []
-    for time, now in zip(times, evolve(system, start, times, RungeKutta(options.step or _STEP)), strict=True):
-        columns = (
-            seen.clustered_share(now),
-            seen.cluster_count(now).double(),
-            seen.effective_rank(now),
-            (now @ plane).norm(dim=-1).mean(-1),
-        )
-        measured.append(torch.stack([column.mean(1) for column in columns]).numpy())
-        rows += [(beta, time, *measured[-1][:, row].tolist()) for row, beta in enumerate(betas.tolist())]
-    facts: dict[str, float | str] = {
-        "largest singular value of V": size,
-        "leading eigenvalue of V, real part": float(eigenvalues[leading].real) * size,
-        "leading eigenvalue of V, imaginary part": float(eigenvalues[leading].imag) * size,
-        "largest singular value of QK": float(torch.linalg.matrix_norm(maps.query_key, 2).max()),
-        "left out": ", ".join(read.left_out) or "nothing",
-    }
-    for row, beta in enumerate(betas.tolist()):
-        facts[f"effective rank, beta {beta:g}, time {end:g}"] = float(measured[-1][2, row])
-    return Study(
-        HEAD,
-        f"Particles under {name}: n = {n}, d = {maps.dim}, causal, {seeds} starts",
-        facts,
-        ("beta", "time", "share_of_pairs", "clusters", "effective_rank", "in_leading_eigenspace"),
-        rows,
-        {"times": np.array(times), "betas": betas.numpy(), "measured": np.stack(measured)},
-        (PERSPECTIVE, CAUSAL),
-    )
-
-
-def layers(options: SimulateOptions, layered: LayeredModel, texts: Iterable[list[int]], name: str) -> Study:
-    """Every layer of a model beside the particle system with its own heads: see :func:`confront`.
-
-    Texts are cut to so many tokens; shorter ones than 3 are left out. Full attention with V = QᵀK = I would let the
-    energy only rise; causal attention with V = I would send every token to the first.
-    """
-    length, count = options.particles or 128, options.seeds or 16
-    if length < 3:
-        raise RestpointError(f"particles is {length}; the layers of a model need texts of at least 3 tokens")
-    ids = (torch.tensor([tokens[:length]], device=layered.device) for tokens in texts if len(tokens) >= 3)
-    found = confront(layered, itertools.islice(ids, count), beta=options.one_beta(1.0))
-    levels, steps = found.levels, found.steps
-    alike, known = found.agreeing
-    first, last = levels[0], levels[-1]
-    facts: dict[str, float | str] = {
-        "texts, tokens": f"{found.texts}, {found.tokens}",
-        "mean cosine, embeddings and end": f"{first.mean_cosine:.3f}, {last.mean_cosine:.3f}",
-        "norm, embeddings and end": f"{first.norm:.3g}, {last.norm:.3g}",
-        "clusters, embeddings and end": f"{first.clusters:.1f}, {last.clusters:.1f}",
-        "angle to the first token, embeddings and end": f"{first.to_first:.2f}, {last.to_first:.2f}",
-        "layers after which the energy is lower": f"{len(found.violations)} of {len(steps)}",
-        "layers whose attention contracts or spreads as its particles do": f"{alike} of {known}",
-        "left out of the particles": ", ".join(found.left_out) or "nothing",
-    }
-    step_columns = [field.name for field in fields(Step) if field.name != "layer"]
-    rows = [
-        (*astuple(level), *(getattr(step, column) if step is not None else None for column in step_columns))
-        for level, step in itertools.zip_longest(levels, steps)
-    ]
-    arrays = {field.name: np.array([getattr(level, field.name) for level in levels]) for field in fields(Level)}
-    arrays |= {
-        f"step {column}": np.array([getattr(step, column) for step in steps], dtype=float) for column in step_columns
-    }
-    title = f"The layers of {name} beside their heads as particles"
-    columns = (*(field.name for field in fields(Level)), *(f"next_{column}" for column in step_columns))
-    return Study(LAYERS, title, facts, columns, rows, arrays, (PERSPECTIVE, CAUSAL))
-
-
 RUN = {"phase": phase, "strip": strip, "causal": causal, "spectrum": spectrum, "mean-field": mean_field}
 """Studies that need no model, by name."""
 
 
-def _times(end: float, count: int) -> list[float]:
+def times_until(end: float, count: int) -> list[float]:
+    """So many equal steps of time up to the end, from 0 on."""
     return [end * k / count for k in range(count + 1)]
 
 

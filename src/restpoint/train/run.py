@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from restpoint.errors import RestpointError
 from restpoint.files import write
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
+from restpoint.progress import Progress
 from restpoint.train.card import model_card
 from restpoint.train.checkpoint import TrainingState
 from restpoint.train.losses import Look, draw_losses
 from restpoint.train.options import TrainOptions
 from restpoint.train.recipe import Schedule, new_model, optimisers
 from restpoint.train.text import TrainingText, training_text
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage, how much of it is done and how much there is."""
 
 
 @dataclass(frozen=True)

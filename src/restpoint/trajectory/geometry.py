@@ -19,7 +19,6 @@ _KINDS = {
     "cosines": (_COSINE, tuple(name for name in MOTIONS if name.endswith("angle"))),
 }
 """Quantities of motion that share a scale, and so are added up together."""
-_QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 _MASSIVE = 10.0
 _MOST = 128
 
@@ -154,10 +153,9 @@ class Geometry(Measure):
         variance = (self.sums[f"{kind}.squares"] / seen - mean.square()).clamp_min(0)
         whole = {"mean": mean, "std": variance.sqrt()}
         if f"{kind}.histogram" in self.sums:
-            quantiles = scale.quantiles(self.sums[f"{kind}.histogram"], list(_QUANTILES.values()))
             places_seen = self.sums[f"{kind}.places_seen"]
             used = int(places_seen.sum(0).nonzero().max()) + 1 if bool(places_seen.any()) else 1
-            whole |= {label: quantiles[:, place] for place, label in enumerate(_QUANTILES)}
+            whole |= scale.named_quantiles(self.sums[f"{kind}.histogram"])
             whole["position"] = (self.sums[f"{kind}.places"] / places_seen)[:, :used]
         lengths = [len(self.sums["directed"]) - ORDERS[name] for name in names]
         return {

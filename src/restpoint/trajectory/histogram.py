@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+"""Shares of the samples, by the names that measures give them."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -62,3 +65,8 @@ class Scale:
         inside = (aims - below.gather(-1, cell)) / counts.double().gather(-1, cell).clamp_min(1.0)
         found = edges[cell] + inside.clamp(0, 1) * (edges[cell + 1] - edges[cell])
         return found.masked_fill(total == 0, float("nan"))
+
+    def named_quantiles(self, counts: Int64[Tensor, "rows cells"]) -> dict[str, Float64[Tensor, " rows"]]:
+        """The values below which the shares in :data:`QUANTILES` lie, by name."""
+        found = self.quantiles(counts, list(QUANTILES.values()))
+        return {name: found[:, place] for place, name in enumerate(QUANTILES)}

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from restpoint.model.layered import LayeredModel, Plan
+from restpoint.model.layered import LayeredModel
+from restpoint.model.plan import Plan
 from restpoint.transport.variation import draw
 
 

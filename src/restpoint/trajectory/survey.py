@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import zip_longest
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from restpoint.errors import RestpointError
 from restpoint.model.fingerprint import fingerprint
 from restpoint.model.watch import WatchedLayers
+from restpoint.progress import Progress
 from restpoint.trajectory.atlas import Atlas, Subject
 from restpoint.trajectory.lens import FittedLens
 from restpoint.trajectory.measures import Means, allowed, make
@@ -28,8 +29,6 @@ from restpoint.trajectory.scenes import Scene, scene
 from restpoint.trajectory.sinks import LENGTH
 from restpoint.trajectory.surveyed import Surveyed
 from restpoint.trajectory.tasks import PAPERS, TEXTS, study_tasks
-
-Progress = Callable[[str, int, int], None]
 
 _EVERY = 64
 _ATTENDED = 4

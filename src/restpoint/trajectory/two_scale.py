@@ -21,8 +21,6 @@ STEPS = ("step", "relative_step", "angle", "acceleration", "curvature", "remaini
 LEGS = ("within", "path", "net", "entry", "across", "straightness", "drift_ratio", "step_ratio")
 """Quantities of whole blocks."""
 
-QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
-
 _LENGTH = Scale(1e-9, 1e6, 3000, logarithmic=True)
 _SCALES = dict.fromkeys((*STEPS, *LEGS), _LENGTH) | {
     "angle": Scale(-1.0, 1.0, 1000),
@@ -178,8 +176,7 @@ class TwoScale(Measure):
         found = {f"{name}.mean": mean, f"{name}.std": variance.sqrt()}
         if f"{name}.histogram" in self.sums:
             scale, counts = _SCALES[name.removeprefix("blocks.")], self.sums[f"{name}.histogram"]
-            quantiles = scale.quantiles(counts, list(QUANTILES.values()))
-            found |= {f"{name}.{label}": quantiles[:, place] for place, label in enumerate(QUANTILES)}
+            found |= {f"{name}.{label}": values for label, values in scale.named_quantiles(counts).items()}
         return found
 
 

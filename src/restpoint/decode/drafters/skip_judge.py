@@ -10,8 +10,9 @@ from torch import Tensor
 from restpoint.decode.drafters.skips import SkipSet
 from restpoint.errors import RestpointError
 from restpoint.model.cache import SlotCache
-from restpoint.model.layered import LayeredModel, Plan
+from restpoint.model.layered import LayeredModel
 from restpoint.model.masks import Tree
+from restpoint.model.plan import Plan
 from restpoint.transport.variation import acceptance
 
 

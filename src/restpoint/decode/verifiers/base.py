@@ -10,7 +10,7 @@ from torch import Tensor
 
 from restpoint.decode.draft import Draft
 from restpoint.errors import RestpointError
-from restpoint.transport.couplings import Drawing
+from restpoint.transport.siblings import Drawing
 from restpoint.transport.variation import draw
 
 Uniforms = Callable[[int], Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from restpoint.decode.draft import Draft
 from restpoint.decode.verifiers.base import LongestFirst, Stop
-from restpoint.transport.couplings import Drawing
+from restpoint.transport.siblings import Drawing
 
 
 @dataclass(frozen=True)

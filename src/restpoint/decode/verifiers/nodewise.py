@@ -7,7 +7,8 @@ from torch import Tensor
 
 from restpoint.decode.draft import ROOT, Draft
 from restpoint.decode.verifiers.base import Outcome, Possible, Uniforms, Verifier, spread
-from restpoint.transport.couplings import Drawing, SiblingCoupling
+from restpoint.transport.couplings import SiblingCoupling
+from restpoint.transport.siblings import Drawing
 from restpoint.transport.variation import draw
 
 

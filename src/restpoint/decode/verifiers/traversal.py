@@ -9,7 +9,7 @@ from torch import Tensor
 
 from restpoint.decode.draft import ROOT, Draft
 from restpoint.decode.verifiers.base import LongestFirst, Stop
-from restpoint.transport.couplings import Drawing, without
+from restpoint.transport.siblings import Drawing, without
 
 
 @dataclass(frozen=True)

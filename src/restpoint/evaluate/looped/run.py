@@ -1,7 +1,7 @@
 """A sweep of everything that may stop a loop early, and of where it may begin."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from restpoint.model.load import Loaded
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.recurrent.deq import DeepEquilibriumForCausalLM
 from restpoint.model.recurrent.starts import PredictedStart, fit_start
+from restpoint.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 STATIC, ORACLE = "static", "oracle"
 _REFINED = 2
 

@@ -1,7 +1,7 @@
 """Time per token in decoding: one text, cached, one token a pass, every way in turn with the full count."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean, median
 
@@ -13,8 +13,7 @@ from restpoint.equilibrium.exits import ExitCriterion
 from restpoint.evaluate.looped.warm import Way
 from restpoint.evaluate.statistics import Ratio, paired_ratio
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
-
-Progress = Callable[[str, int, int], None]
+from restpoint.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Where tokens begin, and whether steps are extrapolated: what either saves, token by token."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from restpoint.evaluate.looped.passes import Passed, token_by_token
 from restpoint.exit.bootstrap import Estimate, estimates, resampled_shares
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.recurrent.starts import PredictedStart, PreviousStart, Start, ZeroStart
+from restpoint.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 NOISE = "noise"
 _POINTS = 6
 

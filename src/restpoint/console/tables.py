@@ -1,190 +1,26 @@
-"""What the verbs show: tables and progress on the terminal, JSON for other programs."""
+"""What was found, as a table for the terminal, or as JSON for other programs."""
 
-import importlib.metadata
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # these import torch, which a help text can do without
     from restpoint.calibrate.run import CalibrateReport
     from restpoint.calibrate.sweeping import SweepReport
-    from restpoint.decode.loop import Round
     from restpoint.exit.rules import Rule
     from restpoint.fit.run import FitReport
-    from restpoint.generate import Decoder
-    from restpoint.generation import Piece, Statistics
     from restpoint.model.check import Capabilities
     from restpoint.model.load import Loaded
     from restpoint.theory.study import Study
     from restpoint.train.run import TrainReport
     from restpoint.trajectory.atlas import Atlas
     from restpoint.trajectory.comparison import Comparison
-
-Item = TypeVar("Item")
-
-ReportProgress = Callable[[str, int, int], None]
-"""Called with the stage, how much of it is done and how much there is."""
-
-
-def version() -> str:
-    """The installed version of restpoint."""
-    try:
-        return importlib.metadata.version("restpoint")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown (not installed)"
-
-
-def show(what: RenderableType) -> None:
-    """Print to standard output; where that is no terminal, without colours and wide enough for any table."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=140)
-    console.print(what)
-
-
-def say(line: str) -> None:
-    """Print one line beside the output, to standard error."""
-    print(f"restpoint: {' '.join(line.split())}", file=sys.stderr)
-
-
-@contextmanager
-def progress_bars() -> Iterator[ReportProgress]:
-    """Bars on standard error, one for each stage; none where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-
-        def report(stage: str, done: int, total: int) -> None:
-            kind = stage.partition(" ")[0]
-            if kind not in tasks:
-                tasks[kind] = bars.add_task(stage, total=total)
-            bars.update(tasks[kind], description=stage, completed=done, total=total)
-
-        yield report
-
-
-def counted(items: Iterable[Item], what: str) -> Iterable[Item]:
-    """The same items, counted on standard error as they are used, if that is a terminal."""
-    console = Console(stderr=True)
-    return track(items, what, console=console, disable=not console.is_terminal)
-
-
-def write_pieces(pieces: Iterable["Piece"], depth: int | None = None) -> list["Round"]:
-    """Write text to standard output as it comes, and return the rounds that it came from.
-
-    Args:
-        pieces: the text.
-        depth: of the model, to colour text by the share of it that each token took, on a terminal; None for no colours.
-    """
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-    console = Console(highlight=False)
-    rounds: list[Round] = []
-    for piece in pieces:
-        if depth is None or not console.is_terminal:
-            sys.stdout.write(piece.text)
-        else:
-            console.print(Text(piece.text, style=_depth_style(piece.round.depth, depth)), end="", soft_wrap=True)
-        sys.stdout.flush()
-        rounds.append(piece.round)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if depth is not None:
-        _say_depths(rounds, depth)
-    return rounds
-
-
-_SHALLOW_TO_DEEP = ("bright_blue", "bright_cyan", "bright_green", "bright_yellow", "bright_red")
-
-
-def _depth_style(layers: int, depth: int) -> str:
-    """Cold colours for tokens that stopped early, none for those that took all layers."""
-    if layers >= depth:
-        return ""
-    return _SHALLOW_TO_DEEP[min(len(_SHALLOW_TO_DEEP) * layers // depth, len(_SHALLOW_TO_DEEP) - 1)]
-
-
-def _say_depths(rounds: Sequence["Round"], depth: int) -> None:
-    """How many tokens took how many layers, on standard error, in the colours of the text."""
-    counts: Counter[int] = Counter()
-    for turn in rounds:
-        counts[turn.depth] += len(turn.tokens)
-    told = Text("tokens by layers: ")
-    for layers in sorted(counts):
-        told.append(f"{layers}", style=_depth_style(layers, depth))
-        told.append(f": {counts[layers]}  ")
-    mean = sum(layers * count for layers, count in counts.items()) / counts.total()
-    told.append(f"(mean {mean:.1f} of {depth})")
-    Console(stderr=True, highlight=False).print(told)
-
-
-def show_statistics(decoder: "Decoder", rounds: list["Round"]) -> None:
-    """What a generation cost, on standard error: the text alone is the output."""
-    from restpoint.generation import Statistics
-
-    seen = Statistics.of(rounds)
-    of_all = "" if decoder.layered.refusal else f"of {decoder.layered.depth} "  # a solver runs as many as it needs
-    lengths = Counter(len(turn.tokens) for turn in rounds[1:])
-    chosen = "plain"
-    if decoder.looping is not None:
-        chosen = decoder.looping.named
-    elif decoder.exits is not None:
-        chosen = "early exits"
-    elif decoder.drafting is not None:
-        chosen = "drafts by " + ", ".join(decoder.drafting.names)
-    lines = [
-        f"{seen.new_tokens} new tokens in {seen.passes} passes after the prompt's ({chosen}); "
-        f"ended by {rounds[-1].finished}",
-        f"{seen.tokens_per_pass:.2f} tokens a pass, {seen.layers_per_token:.1f} {of_all}layers a token",
-        f"{seen.drafted} tokens drafted, {seen.accepted} accepted"
-        + (f" ({seen.accepted / seen.drafted:.0%})" if seen.drafted else ""),
-        f"prefill {seen.prefill_seconds:.3f} s, drafting {seen.draft_seconds:.3f} s, passes "
-        f"{seen.verify_seconds:.3f} s, {seen.tokens_per_second:.1f} tokens/s",
-        "tokens of each pass: " + " ".join(str(len(turn.tokens)) for turn in rounds[1:]),
-        "passes by tokens: " + ", ".join(f"{length}: {lengths[length]}" for length in sorted(lengths)),
-    ]
-    if (loop := _through_the_loop(decoder, seen)) is not None:
-        steps, milliseconds = loop["steps_per_token"], loop["milliseconds_per_token"]
-        lines.insert(1, f"{steps:.2f} of {loop['full_steps']} steps a token, {milliseconds:.2f} ms a token")
-    for line in lines:
-        print(line, file=sys.stderr)
-
-
-def print_generation(decoder: "Decoder", prompt: str, pieces: Iterable["Piece"]) -> list["Round"]:
-    """Print a generation and what it cost as JSON, when it is complete, and return the rounds that it came from."""
-    from restpoint.generation import Generation
-
-    kept = list(pieces)
-    generation = Generation.of(decoder.encode(prompt), kept)
-    loop = _through_the_loop(decoder, generation.statistics)
-    content = {"model": decoder.loaded.name, "notes": decoder.notes, **asdict(generation)}
-    print(json.dumps(content if loop is None else content | {"loop": loop}, indent=1))
-    return [piece.round for piece in kept]
-
-
-def _through_the_loop(decoder: "Decoder", seen: "Statistics") -> dict[str, Any] | None:
-    """What tokens after the prompt's pass took of a loop; None where it is not decoded by itself."""
-    if decoder.looping is None:
-        return None
-    target = decoder.looping.target(decoder.layered)
-    return {
-        "named": decoder.looping.named,
-        "full_steps": target.steps,
-        "steps_per_token": target.unrolled.steps_of(seen.depth_per_token) if seen.passes else 0.0,
-        "milliseconds_per_token": 1000 / seen.tokens_per_second if seen.tokens_per_second else 0.0,
-    }
 
 
 def capability_table(loaded: "Loaded", capabilities: "Capabilities", depth: int) -> RenderableType:

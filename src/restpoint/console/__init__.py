@@ -1,0 +1,1 @@
+"""What the verbs show: tables and progress on the terminal, JSON for other programs."""

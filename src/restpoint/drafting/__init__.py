@@ -1,0 +1,1 @@
+"""Who drafts for a model: drafters by name, and what they cost here."""
