@@ -712,6 +712,9 @@ def test_verbs_of_early_exit(
     assert "(early exits)" in shown.err
     assert cli.main([*generate, "--exit", "--drafters", "lookup"]) == 2
     assert "early exits and drafters exclude each other" in capsys.readouterr().err
+    for flags in (["--datastore", str(tmp_path)], ["--skip-layers", "3"], ["--draft-tokens", "4"]):
+        assert cli.main([*generate, "--exit", *flags]) == 2
+        assert f"{flags[0]}: with --exit nobody drafts" in capsys.readouterr().err
     assert cli.main([*generate, "--exit", "--dtype", "bfloat16"]) == 2
     assert "the exits were calibrated in float32" in capsys.readouterr().err
     sweep_words = ["sweep", "--signals", "max-p", "kl", "--sequences", "10", "-o", str(tmp_path / "sweep"), *small]

@@ -68,9 +68,10 @@ class DraftFlags:
         from restpoint.generate import DEFAULT_VERIFIER, Decoder, default_drafters
 
         if looping is not None:
-            self._refuse_changed()
+            self._refuse("--loop-exit and its like")
             return Decoder(loaded, profile, (), looping=looping)
         if self.exit:
+            self._refuse("--exit", but=("exit", "drafters", "compile"))  # Decoder has more to say of these
             return Decoder(loaded, profile, self.drafters, compile=self.compile, exits=True)
         names = self.drafters or (() if plain else default_drafters(loaded, profile))
         brought = {}
@@ -92,13 +93,12 @@ class DraftFlags:
                 loaded, profile, names, brought=brought, verifier=verifier, compile=self.compile, progress=progress
             )
 
-    def _refuse_changed(self) -> None:
+    def _refuse(self, way: str, but: tuple[str, ...] = ()) -> None:
+        """Refuse flags of drafting where nobody drafts."""
         for one in fields(self):
-            if getattr(self, one.name) != one.default:
+            if one.name not in but and getattr(self, one.name) != one.default:
                 flag = one.name.replace("_", "-")
-                raise RestpointError(
-                    f"--{flag}: with --loop-exit and its like models are decoded plainly; leave it out"
-                )
+                raise RestpointError(f"--{flag}: with {way} nobody drafts; leave it out")
 
 
 @dataclass(frozen=True)
