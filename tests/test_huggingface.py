@@ -28,10 +28,10 @@ from transformers.generation.streamers import BaseStreamer
 import restpoint
 from decoding import costs
 from families import VOCABULARY, build
-from restpoint import bundled, drafting
-from restpoint.decode.fusion import TreeSettings
+from restpoint import bundled
 from restpoint.decode.loop import Round, decode_batch
 from restpoint.decode.sampling import Sampler
+from restpoint.decode.tree import TreeSettings
 from restpoint.errors import RestpointError
 from restpoint.exit.policy import ExitPolicy
 from restpoint.exit.rules import LayerSkipRule, PositionRule
@@ -52,8 +52,8 @@ ROWS = torch.tensor([[5, 17, 33, 5, 17, 33, 5, 17], [0, 0, 0, 8, 40, 8, 40, 8], 
 def _costs() -> Iterator[None]:
     """Nothing is measured: it takes long, and tokens do not depend on it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drafting, "measure_passes", lambda target, rows=1: costs().verify)
-        patch.setattr(drafting, "measure_drafts", lambda target, drafters: (0.1, 0.1))
+        patch.setattr("restpoint.drafting.costs.measure_passes", lambda target, rows=1: costs().verify)
+        patch.setattr("restpoint.drafting.costs.measure_drafts", lambda target, drafters: (0.1, 0.1))
         yield
 
 

@@ -60,8 +60,8 @@ class _Group:
 
     def newest(self, states: Float[Tensor, "rows block hidden"]) -> Float[Tensor, "rows hidden"]:
         """Of each row that of the new token."""
-        if states.shape[1] == 1:
-            return states[:, 0]
+        if states.shape[1] == 1 or len(self.blocks) == 1:  # nothing is filled up
+            return states[:, -1]
         last = torch.tensor([len(block) - 1 for block in self.blocks], device=states.device)
         return states[torch.arange(len(last), device=states.device), last]
 
