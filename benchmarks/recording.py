@@ -1,6 +1,6 @@
 """What it costs to survey a model: beside the plain forward pass, and beside storing all states first.
 
-    python benchmarks/recording.py [--tokens 20000] [--repeats 5] [--model reference] [--growth]
+    python benchmarks/recording.py [--tokens 20000] [--repeats 5] [--sets geometry lens] [--model reference] [--growth]
 
 Times the forward pass by itself (the stack without its head), then the same passes with states recorded and measured,
 for each set of measures, in turn on the same batches; medians over repeats, the first left out. "stored first" is
@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), metavar="SET")
     parser.add_argument("--model", default="reference")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--grow", type=int, help=argparse.SUPPRESS)
@@ -83,7 +84,8 @@ def main() -> None:
     options = SurveyOptions(max_tokens=arguments.tokens)
     cut = Cut(samples(), loaded.tokenizer, options.sequence_length, arguments.tokens)
     groups = list(batches(cut, options.batch))
-    reader = Reader(WatchedLayers(loaded.model))
+    layers = WatchedLayers(loaded.model)
+    reader = Reader(layers)
     backbone = loaded.model.base_model
     inputs = [torch.tensor([piece.ids for piece in group]) for group in groups]
 
@@ -94,7 +96,7 @@ def main() -> None:
 
     def measured(names: tuple[str, ...]) -> Callable[[], None]:
         def work() -> None:
-            measures = allowed(subject, SurveyOptions(measures=names))[0] if names else []
+            measures = allowed(subject, layers, SurveyOptions(measures=names))[0] if names else []
             for group in groups:
                 for trajectory in reader.read(group):
                     for measure in measures:
@@ -106,7 +108,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def stored() -> None:
-        (measure,) = allowed(subject, SurveyOptions(measures=("geometry",)))[0]
+        (measure,) = allowed(subject, layers, SurveyOptions(measures=("geometry",)))[0]
         held: list[tuple[Sequence[Piece], tuple[torch.Tensor, ...]]] = []
         for group, ids in zip(groups, inputs, strict=True):
             out = backbone(input_ids=ids, use_cache=False, output_hidden_states=True)
@@ -117,7 +119,7 @@ def main() -> None:
                 measure.add(Trajectory(one, piece.index, torch.tensor(piece.ids), piece.domain))
         measure.results()
 
-    works = {"forward pass": plain, **{f"with {name}": measured(own) for name, own in SETS.items()}}
+    works = {"forward pass": plain, **{f"with {name}": measured(SETS[name]) for name in arguments.sets}}
     works["stored first, geometry"] = stored
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(arguments.repeats + 1):

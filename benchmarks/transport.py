@@ -70,7 +70,8 @@ def main(options: Options) -> None:
         directions = lines.numpy()
         return np.array(
             [
-                float(ot.sliced_wasserstein_distance(clouds[i], clouds[i + 1], projections=directions, p=2)) ** 2
+                np.asarray(ot.sliced_wasserstein_distance(clouds[i], clouds[i + 1], projections=directions, p=2)).item()
+                ** 2
                 for i in range(pairs)
             ]
         )
@@ -88,7 +89,7 @@ def main(options: Options) -> None:
                     plan = ot.sinkhorn(
                         even, even, cost, strength, method=method, numItermax=options.iterations, stopThr=0, warn=False
                     )
-                found.append(float((plan * cost).sum()))
+                found.append(float((np.asarray(plan) * cost).sum()))
             return np.array(found)
 
         return run
