@@ -116,7 +116,7 @@ class Clocks:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds = dict.fromkeys(_PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(_PARTS, 0.0)
         self._inside = False
 
     def clocked(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
