@@ -44,7 +44,7 @@ def draw(found: LoopReport, path: Path | str) -> None:
     ceiling = found.oracle.points()[0].steps.value
     every[0].axvline(ceiling, color="#222222", linewidth=1.4, linestyle=(0, (5, 3)), label="oracle", zorder=1)
     for axes in every:
-        axes.legend(loc="upper right", frameon=False, fontsize=9)
+        axes.legend(loc="upper right", frameon=False, fontsize=9, handlelength=3.6)  # so long that dashes show
     figure.suptitle(f"Leaving the loop early on {found.model}", fontsize=13, fontweight="bold")
     files.write(path, lambda temporary: figure.savefig(temporary, dpi=150), "plot")
 
