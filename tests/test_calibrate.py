@@ -225,8 +225,11 @@ def test_a_calibration_writes_what_it_found(report: CalibrateReport, reference: 
     assert generation.statistics.new_tokens == 20
     batch = decoder.generate_batch(["Once upon a time", "def main("], max_tokens=12)
     assert batch[0].tokens == generation.tokens[:12]
-    sampled = decoder.generate("Once upon a time", SamplingSettings(temperature=1.0), max_tokens=5)
-    assert len(sampled.tokens) == 5
+    warm = SamplingSettings(temperature=1.0)
+    with pytest.raises(RestpointError, match="^temperature: the exits are certified for greedy decoding"):
+        decoder.generate("Once upon a time", warm, max_tokens=5)
+    promised_nothing = Decoder(reference, Profile.load(tmp_path), exits=replace(exits, certificate=None))
+    assert len(promised_nothing.generate("Once upon a time", warm, max_tokens=5).tokens) == 5
 
 
 def test_a_certificate_binds(report: CalibrateReport, reference: Loaded, profile: Profile) -> None:

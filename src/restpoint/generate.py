@@ -246,6 +246,10 @@ class Decoder:
         draft_tokens = options.get("draft_tokens")
         if draft_tokens is not None and draft_tokens < 0:
             raise RestpointError(f"draft_tokens is {draft_tokens}; it must be 0 or more, or left out")
+        if self.exits is not None and self.exits.certificate is not None and not all(own.greedy for own in sampling):
+            raise RestpointError(
+                "temperature: the exits are certified for greedy decoding; leave it at 0, or leave exits out"
+            )
         samplers = [Sampler(own, options.get("processors"), self.layered.device) for own in sampling]
         end = frozenset[int]() if options.get("ignore_end") else self.end_tokens()
         stopping = Stopping(options.get("max_tokens", 128), end, self.loaded.context_length)
