@@ -226,7 +226,7 @@ def test_a_calibration_writes_what_it_found(report: CalibrateReport, reference: 
     batch = decoder.generate_batch(["Once upon a time", "def main("], max_tokens=12)
     assert batch[0].tokens == generation.tokens[:12]
     warm = SamplingSettings(temperature=1.0)
-    with pytest.raises(RestpointError, match="^temperature: the exits are certified for greedy decoding"):
+    with pytest.raises(RestpointError, match=r"^temperature: the exits are certified for greedy decoding"):
         decoder.generate("Once upon a time", warm, max_tokens=5)
     promised_nothing = Decoder(reference, Profile.load(tmp_path), exits=replace(exits, certificate=None))
     assert len(promised_nothing.generate("Once upon a time", warm, max_tokens=5).tokens) == 5
