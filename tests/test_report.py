@@ -583,3 +583,12 @@ def test_every_measure_of_a_real_model_is_drawn(reference: Loaded) -> None:
     assert len(drawn_here.pop("two-scale")) > 4  # test_two_scale has its charts
     assert drawn_here == expected
     assert all(line.x[-1] <= 16 for section in sections(found) for chart in section.charts for line in chart.lines)
+
+
+def test_points_without_neighbours_are_seen() -> None:
+    """A lens with maps for layers 1 and 3 alone has no line between them."""
+    x = np.arange(5.0)
+    apart = Line("fitted lens", x, np.array([np.nan, 0.4, np.nan, 0.6, np.nan]))
+    joined = Line("logit lens", x, np.array([np.nan, 0.4, 0.5, 0.6, np.nan]))
+    drawn = [figure(Chart("lens", "", "", "layer", "", lines=[line]))["data"][-1] for line in (apart, joined)]
+    assert ["markers" in one["mode"] for one in drawn] == [True, False]

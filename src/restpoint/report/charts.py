@@ -33,8 +33,9 @@ class Line:
 
     @property
     def scattered(self) -> bool:
-        """Whether places are left out between its points, so that these must be seen."""
-        return len(self.x) == 1 or bool((np.diff(self.x) > 1).any())
+        """Whether no point has a neighbour to be joined to, so that points themselves must be seen."""
+        there = np.isfinite(self.y)
+        return not (there[1:] & there[:-1]).any()
 
 
 @dataclass(frozen=True, eq=False)
