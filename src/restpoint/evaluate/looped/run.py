@@ -186,7 +186,7 @@ def _criterion_curve(
         return whole(model, ids, count, CRITERIA[name](setting, model.lm_head.weight))
 
     if name == ARGMAX:
-        return LoopCurve.of(name, full, count, {float(hits): at(hits) for hits in range(1, count - 1)})
+        return LoopCurve.of(name, full, count, {float(hits): at(float(hits)) for hits in range(1, count - 1)})
     lowest = watched(model, ids, count, CRITERIA[name](1.0, model.lm_head.weight))
     means = torch.linspace(fewest_steps(lowest), count, options.points + 1)[:-1].tolist()
     passed = {setting: at(setting) for setting in spread(lowest, means)}

@@ -106,7 +106,7 @@ def time_decoding(
             full[name][str(number)] = [1 / seconds]
             _, ran, seconds = decode_greedily(model, prompt, new_tokens, num_steps, exits, way)
             own[name][str(number)] = [1 / seconds]
-            steps[name].append(mean(ran))
+            steps[name].append(float(mean(ran)))
     progress("time decoding", len(ids), len(ids))
     return [
         Timed(
