@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 from scipy.spatial import distance
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from restpoint import bundled
 from restpoint.equilibrium.affine import AffineMap
 from restpoint.equilibrium.predictors import AffinePredictor
 from restpoint.errors import RestpointError
-from restpoint.exit.gate import Gate, fit_gate, quantities
+from restpoint.exit.gate import Gate, fit_gate, gate_inputs
 from restpoint.exit.radius import conformal_quantile, fit_radius, overtaking_distance, rest_distance
 from restpoint.exit.recorded import blocks_of
 from restpoint.exit.registry import FITTED, SIGNALS
@@ -349,13 +349,12 @@ def test_without_the_state_the_gate_is_scikit_learns_regression() -> None:
     states = torch.cat(texts)
     view = views(states, (5,), readout)[0]
     right = (view.tokens == readout.logits(states[:, -1]).argmax(-1)).numpy()
-    x = quantities(view, view.state.mean(0)).double().numpy()
-    standard = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
-    oracle = LogisticRegression(C=1 / (1e-4 * len(x)), tol=1e-10, max_iter=10000).fit(standard, right)
+    x = gate_inputs(view)[:, :3].double().numpy()
+    standard = (x - x.mean(0)) / x.std(0)
+    oracle = LogisticRegression(C=1 / (1e-6 * len(x)), tol=1e-10, max_iter=10000).fit(standard, right)
     np.testing.assert_allclose(fit.gate.confidence(view), oracle.predict_proba(standard)[:, 1], atol=2e-3)
-    assert not bool(fit.gate.directions.any())
+    assert not bool(fit.gate.weights[:, 3:].any())
     assert fit.tokens == len(states)
-    torch.testing.assert_close(fit.gate.centres[0], view.state.mean(0))
 
 
 def test_the_gate_is_calibrated_where_it_was_fitted_and_beats_the_largest_probability() -> None:
@@ -386,29 +385,27 @@ def test_the_state_is_taken_where_it_pays() -> None:
     assert float(without.log_loss[0, 0]) == pytest.approx(float(without.log_loss[0, 1]), rel=1e-3)
 
 
-def test_quantities_are_what_they_are_called() -> None:
-    first, view = views(resting(12), (3, 5), toy())
-    centre = torch.ones(HIDDEN)
-    found = quantities(view, centre).double()
-    deltas = torch.stack(list(view.states)).double().diff(dim=0)[-2:]
-    acceleration = (deltas[1] - deltas[0]).norm(dim=-1) / (deltas[1].norm(dim=-1) + deltas[0].norm(dim=-1))
-    law = view.logits.double().softmax(-1)
-    top = law.topk(2).values
-    expected = torch.stack(
-        [
-            (top[:, 0] / (1 - top[:, 0])).log(),
-            (top[:, 0] - top[:, 1]).log(),
-            (top[:, 0] / top[:, 1]).log(),
-            torch.distributions.Categorical(law).entropy(),
-            (1 / RelativeStep().confidence(view).double() - 1).log(),
-            acceleration,
-            (first.logits.argmax(-1) == view.logits.argmax(-1)).double(),
-            (view.state - 1).double().square().sum(-1).log() / 2,
-        ],
-        -1,
-    )
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
-    assert quantities(first, centre)[:, 6].tolist() == [0] * 12
+def test_the_gate_reads_two_logits_their_mass_and_the_state() -> None:
+    view = views(resting(12), (3, 5), toy())[1]
+    logits = view.logits.double().numpy()
+    ordered = np.sort(logits, -1)
+    expected = np.concatenate([ordered[:, -2:][:, ::-1], special.logsumexp(logits, -1, keepdims=True), view.state], -1)
+    np.testing.assert_allclose(gate_inputs(view), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layers_gate_does_not_depend_on_the_other_candidates() -> None:
+    readout, texts = toy(), gate_data(20)
+    alone, among = fit_gate(texts, (5,), readout).gate, fit_gate(texts, LAYERS, readout).gate
+    torch.testing.assert_close(alone.weights[0], among.weights[1])
+    seen = [views(texts[0], layers, readout)[-1] for layers in ((5,), (3, 5))]
+    assert torch.equal(among.confidence(seen[0]), among.confidence(seen[1]))
+
+
+def test_a_gate_that_another_version_saved_is_refused() -> None:
+    config, tensors = fitted()["gate"].state()
+    del tensors["bias"]
+    with pytest.raises(RestpointError, match=r"lacks 'bias'.* calibrate anew"):
+        Signal.from_state(config, tensors)
 
 
 def test_the_gate_refuses_what_teaches_nothing() -> None:

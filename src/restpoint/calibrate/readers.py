@@ -38,7 +38,6 @@ _LOOK = 100
 """Gradient steps between two looks at the held-out text."""
 _DEPTHS = (1 / 2, 9 / 16, 5 / 8, 11 / 16, 3 / 4)
 """Shares of the depth where exits are considered."""
-_GATE_PARTS = ("weights", "directions", "bias", "centres")
 
 
 def candidate_layers(depth: int, options: ReadOptions) -> tuple[int, ...]:
@@ -178,7 +177,6 @@ def fit_signal(
     layers: tuple[int, ...],
     readout: Readout,
     seed: int,
-    apart: bool = False,
 ) -> Signal:
     """The signal of that name, fitted where it has something to fit.
 
@@ -188,14 +186,11 @@ def fit_signal(
         layers: candidate layers.
         readout: how states are read there.
         seed: of what is drawn.
-        apart: fit a gate for each layer as if it were the only one, so that any of them can be left out.
     """
     if name in SIGNALS:
         return SIGNALS[name]
     if name == Gate.kind:
-        groups = [(layer,) for layer in layers] if apart else [layers]
-        gates = [fit_gate(texts, group, readout).gate for group in groups]
-        return Gate(layers, *(torch.cat([getattr(gate, part) for gate in gates]) for part in _GATE_PARTS))
+        return fit_gate(texts, layers, readout).gate
     if name == TaskSaturation.kind:
         layered = readout.layered
         examples = TaskExamples(lambda states: layered.logits(states[None])[0])

@@ -113,8 +113,7 @@ def sweep_exits(
     signals = {}
     for done, name in enumerate(names):
         report("fit signals", done, len(names))
-        # Apart, so that any of the layers can be left out when the best few are chosen.
-        signals[name] = fit_signal(name, written, layers, readout, options.seed, apart=True)
+        signals[name] = fit_signal(name, written, layers, readout, options.seed)
     report("fit signals", len(names), len(names))
     traces = record_traces(
         layered,

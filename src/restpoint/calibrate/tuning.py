@@ -18,7 +18,7 @@ from restpoint.exit.view import Readout
 from restpoint.model.layered import LayeredModel
 from restpoint.progress import Progress
 
-_SHARES = (0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
+_SHARES = (0.25, 0.4, 0.55, 0.7, 0.8, 0.86, 0.92, 0.98)
 """Of epsilon, the losses on the traces that thresholds to certify are taken at, from safe to fast."""
 _THRESHOLDS = 400
 
@@ -53,7 +53,7 @@ class Tuning:
     def choose(self, candidates: tuple[int, ...]) -> LayerChoice:
         """Layers to look at, by expected speed, and what to expect of them."""
         name = self.options.signal
-        signal = self.signal(candidates, apart=True)
+        signal = self.signal(candidates)
         costs = measure_exit_costs(self.layered, self.readout, {name: signal}, candidates)
         # Where layers are chosen for another loss than the share of tokens, that share stands in for it.
         choice = choose_layers(
@@ -99,12 +99,12 @@ class Tuning:
             progress=self.report,
         )
 
-    def signal(self, layers: tuple[int, ...], apart: bool = False) -> Signal:
-        """What decides, fitted for these layers; with ``apart``, so that any of them can be left out."""
+    def signal(self, layers: tuple[int, ...]) -> Signal:
+        """What decides, fitted for these layers."""
         name = self.options.signal
         if name not in SIGNALS and self._texts is None:
             self._texts = write_texts(self.layered, self._fitting, self.options, self.report)
         self.report(f"fit {name}", 0, 1)
-        signal = fit_signal(name, self._texts or (), layers, self.readout, self.options.seed, apart)
+        signal = fit_signal(name, self._texts or (), layers, self.readout, self.options.seed)
         self.report(f"fit {name}", 1, 1)
         return signal

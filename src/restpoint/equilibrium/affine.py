@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from restpoint.memory_order import for_one_row
+
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
@@ -28,17 +30,3 @@ class AffineMap:
     def multiplications(self) -> int:
         """Multiply-adds per row."""
         return self.matrix.numel()
-
-
-def for_one_row(matrix: Float[Tensor, "inputs outputs"]) -> Float[Tensor, "inputs outputs"]:
-    """The same values in the memory order in which multiplying one row is fastest.
-
-    Wide maps in float32 want rows of outputs (contiguous as written), everything else wants rows of inputs
-    (the transpose
-    contiguous). Measured with two threads on an AMD EPYC, microseconds per product, outputs contiguous /
-    inputs contiguous: 512 -> 4096 float32 145 / 205, bfloat16 175 / 130; 4608 -> 256 float32 116 / 79,
-    bfloat16 136 / 111; square: no difference.
-    """
-    if matrix.dtype in (torch.float32, torch.float64) and matrix.shape[1] > matrix.shape[0]:
-        return matrix.contiguous()
-    return matrix.t().contiguous().t()

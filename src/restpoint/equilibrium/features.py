@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from restpoint.equilibrium.affine import for_one_row
 from restpoint.errors import RestpointError
+from restpoint.memory_order import for_one_row
 
 
 @dataclass(frozen=True, eq=False)

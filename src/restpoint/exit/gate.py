@@ -15,33 +15,21 @@ from restpoint.exit.recorded import blocks_of
 from restpoint.exit.signals import Signal, unknown
 from restpoint.exit.view import Readout, View
 
-QUANTITIES = (
-    "max-p",
-    "margin",
-    "logit-margin",
-    "entropy",
-    "relative-step",
-    "acceleration",
-    "agreement",
-    "distance",
-)
-"""What the gate reads besides the state, in the order of :func:`quantities`."""
-
-_TINY = 1e-12  # in place of a length of 0 below a fraction line
-_LEAST = 1e-6  # below it, probabilities and relative steps in float32 are rounding
 _STEPS = 50
 _FLAT = 1e-9  # a gradient below it is none
-_PENALTY = 1e-4
-"""Of the weights of standardised quantities: they are few, it only keeps them finite where labels are separable."""
+_PENALTY = 1e-6
+"""Of the weights of what the law gives, standardised: it only keeps them finite where labels are separable."""
+_FEW = 3
+"""Inputs that the law gives."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gate(Signal):
-    """P(argmax p_l = argmax p_L) = sigmoid(w_l · x + u_l · (h_l - m_l) + b_l), for each layer that was fitted.
+    """P(argmax p_l = argmax p_L) = sigmoid(w_l · [z_1, z_2, log Σ_v exp z_v, h_l] + b_l), for each fitted layer.
 
-    x are `QUANTITIES` of the view. It is a probability, so a threshold is the agreement that the least certain token
-    which stops is expected to have. 0 at other layers. Candidates in use should be those of the fit: what agrees with
-    the candidate before depends on which that is.
+    z are the logits read at layer l, z_1 and z_2 the two largest: with the third input they span the lead of the
+    logit, the logarithm of the largest probability, and how large logits are at all. It is a probability, so a
+    threshold is the agreement that the least certain token which stops is expected to have. 0 at other layers.
 
     Paper:
         Schuster et al. 2022, "Confident Adaptive Language Modeling" (a classifier of early exits, theirs of the state).
@@ -52,79 +40,31 @@ class Gate(Signal):
 
     layers: tuple[int, ...]
     """Candidate layers, ascending."""
-    weights: Float[Tensor, "layers quantities"]
-    """w; their standardisation is folded in, as in the others."""
-    directions: Float[Tensor, "layers hidden"]
-    """u; 0 where the state is left out."""
+    weights: Float[Tensor, "layers inputs"]
+    """w, in the order of `gate_inputs`; 0 for the state where it is left out. Standardisation is folded in."""
     bias: Float[Tensor, " layers"]
-    centres: Float[Tensor, "layers hidden"]
-    """m: mean states in the training text."""
 
     def confidence(self, view: View) -> Float[Tensor, " rows"]:
         """See the class."""
         if view.layer not in self.layers:
             return unknown(view)
         place = self.layers.index(view.layer)
-        weights, directions, bias, centre = (
-            each[place].to(view.state.device) for each in (self.weights, self.directions, self.bias, self.centres)
-        )
-        inputs = torch.cat([quantities(view, centre), view.state.float() - centre], -1)
-        return torch.sigmoid(torch.addmv(bias, inputs, torch.cat([weights, directions])))
+        weights, bias = (each[place].to(view.state.device) for each in (self.weights, self.bias))
+        return torch.sigmoid(torch.addmv(bias, gate_inputs(view), weights))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See :meth:`Signal.state`."""
-        tensors = {
-            "weights": self.weights,
-            "directions": self.directions,
-            "bias": self.bias,
-            "centres": self.centres,
-        }
-        return {"kind": self.kind, "layers": list(self.layers)}, tensors
+        return {"kind": self.kind, "layers": list(self.layers)}, {"weights": self.weights, "bias": self.bias}
 
     @classmethod
     def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Gate":
         """From what `state` gave."""
-        return cls(
-            tuple(config["layers"]), tensors["weights"], tensors["directions"], tensors["bias"], tensors["centres"]
-        )
+        return cls(tuple(config["layers"]), tensors["weights"], tensors["bias"])
 
 
-def quantities(view: View, centre: Float[Tensor, " hidden"]) -> Float[Tensor, "rows quantities"]:
-    """What the gate reads, in the order of `QUANTITIES`.
-
-    log(p / (1 - p)) of the largest probability p; the logarithm of its lead on the second; the lead of its logit;
-    the entropy in nats; the logarithm of the relative step; the acceleration a_l; 1 where the candidate layer before
-    has the same top token, else 0; log ‖h_l - m‖. What needs more layers than there are is 0.
-
-    Args:
-        view: of tokens at a candidate layer.
-        centre: m.
-    """
-    first, second = view.top_two.unbind(-1)
-    largest, next_largest = view.lead[0].unbind(-1)
-    nothing = torch.zeros_like(first)
-    # One difference of all levels at once: on one row every operation costs the same, however little it does.
-    levels = [*view.states[max(0, view.layer - 2) : view.layer + 1], centre.expand_as(view.state)]
-    stacked = torch.stack([level.float() for level in levels])
-    moves = stacked.diff(dim=0)
-    *steps, away = moves.norm(dim=-1).unbind(0)
-    relative, acceleration = nothing, nothing
-    if steps:
-        relative = (steps[-1] / stacked[-3].norm(dim=-1).clamp_min(_TINY)).clamp_min(_LEAST).log()
-    if len(steps) > 1:
-        turn = (moves[1] - moves[0]).norm(dim=-1)
-        acceleration = (turn / (steps[0] + steps[1]).clamp_min(_TINY)).clamp_max(1)
-    columns = [
-        first.logit(eps=_LEAST),
-        (first - second).clamp_min(_LEAST).log(),
-        largest - next_largest,
-        view.entropy,
-        relative,
-        acceleration,
-        (view.tokens == view.earlier.tokens).float() if view.earlier is not None else nothing,
-        away.clamp_min(_LEAST).log(),
-    ]
-    return torch.stack(columns, -1)
+def gate_inputs(view: View) -> Float[Tensor, "rows inputs"]:
+    """What the gate reads: z_1, z_2, log Σ_v exp z_v, and h_l."""
+    return torch.cat([view.lead[0], view.logits.logsumexp(-1, keepdim=True), view.state.float()], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +86,7 @@ class GateFit:
 class _Examples:
     """Tokens at one layer."""
 
-    states: Float[Tensor, "tokens hidden"]
-    columns: Float[Tensor, "tokens quantities"]
-    """The last one, a distance, still to come: the mean is not known before all are seen."""
+    inputs: Float[Tensor, "tokens inputs"]
     right: Bool[Tensor, " tokens"]
     held_out: Bool[Tensor, " tokens"]
 
@@ -170,7 +108,7 @@ def fit_gate(
 
     Args:
         sequences: of each text the states h_0 .. h_L of tokens such as will be met: the model's own text, prompts cut
-            off. All are held in memory: (hidden + 8) numbers for each token and layer.
+            off. All are held in memory: (hidden + 3) numbers for each token and layer.
         layers: candidate layers, ascending.
         readout: which will be used.
         penalties: to choose from; inf leaves the state out.
@@ -188,19 +126,18 @@ def fit_gate(
     for index, views, rest in blocks_of(sequences, layers, readout):
         target = readout.layered.logits(rest[None])[0].argmax(-1)
         for view in views:
-            states = view.state.float()
-            columns, right = quantities(view, torch.zeros_like(states[0])), view.tokens == target
+            right = view.tokens == target
             held_out = torch.full_like(right, index % held_out_every == held_out_every - 1)
-            found[view.layer].append(_Examples(*(each.cpu() for each in (states, columns, right, held_out))))
+            found[view.layer].append(_Examples(*(each.cpu() for each in (gate_inputs(view), right, held_out))))
     fits = [_fit_layer(layer, _joined(layer, found[layer]), penalties) for layer in layers]
-    weights, directions, bias, centres, losses, chosen = zip(*fits, strict=True)
-    own = (torch.stack(each).float() for each in (weights, directions, bias, centres))
+    weights, bias, losses, chosen = zip(*fits, strict=True)
+    own = (torch.stack(each).float() for each in (weights, bias))
     tokens = sum(len(part.right) for part in found[layers[0]])
     return GateFit(Gate(layers, *own), penalties, chosen, torch.stack(losses), tokens)
 
 
 def _joined(layer: int, parts: list[_Examples]) -> _Examples:
-    names = ("states", "columns", "right", "held_out")
+    names = ("inputs", "right", "held_out")
     whole = _Examples(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
     if not bool(whole.held_out.any()) or bool(whole.held_out.all()):
         raise RestpointError("sequences: none is left to hold out, or to fit on; give more")
@@ -214,27 +151,21 @@ def _joined(layer: int, parts: list[_Examples]) -> _Examples:
     return whole
 
 
-def _fit_layer(layer: int, examples: _Examples, penalties: tuple[float, ...]) -> tuple[Any, ...]:
-    """Weights, directions, bias, centre, losses and the chosen penalty of a layer."""
-    states = examples.states.double()
-    centre = states.mean(0)
-    away = states.sub_(centre)
-    columns = examples.columns.double()
-    columns[:, -1] = away.norm(dim=-1).clamp_min(_LEAST).log()
-    inputs = torch.cat([columns, away, torch.ones_like(columns[:, :1])], -1)
+def _fit_layer(layer: int, examples: _Examples, penalties: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Weights, bias, losses and the chosen penalty of a layer."""
+    inputs = functional.pad(examples.inputs.double(), (0, 1), value=1.0)  # the last one is the bias's
     mean, scale = inputs.mean(0), _scale(inputs)
-    mean[-1] = 0  # the bias
+    mean[-1] = 0
     inputs = inputs.sub_(mean).div_(scale)
-    few = len(QUANTITIES)
     labels, held_out = examples.right.double(), examples.held_out
 
     def solve(penalty: float, rows: Tensor, own: Tensor, start: Tensor) -> Tensor:
         """Weights of all standardised inputs, the bias last."""
         penalties = torch.full_like(start, penalty)
-        penalties[:few], penalties[-1] = _PENALTY, 0
+        penalties[:_FEW], penalties[-1] = _PENALTY, 0
         if penalty < math.inf:
             return logistic_regression(rows, own, penalties, start)
-        some = torch.tensor([*range(few), len(start) - 1])
+        some = torch.tensor([*range(_FEW), len(start) - 1])
         found = torch.zeros_like(start)
         found[some] = logistic_regression(rows[:, some], own, penalties[some], start[some])
         return found
@@ -247,7 +178,7 @@ def _fit_layer(layer: int, examples: _Examples, penalties: tuple[float, ...]) ->
     loss = torch.stack(losses)
     best = penalties[int(loss.argmin())]
     weight = solve(best, inputs, labels, weights[best]) / scale
-    return weight[:few], weight[few:-1], weight[-1] - (weight * mean).sum(), centre, loss, best
+    return weight[:-1], weight[-1] - (weight * mean).sum(), loss, best
 
 
 def logistic_regression(

@@ -49,12 +49,17 @@ class Signal(ABC):
         """The signal that `state` described, of whichever kind; importing `restpoint.exit.registry` makes all known.
 
         Raises:
-            RestpointError: the kind is unknown.
+            RestpointError: the kind is unknown, or an entry is missing.
         """
         kind = config.get("kind")
         if kind not in _KINDS:
             raise RestpointError(f"signal: {kind!r} is unknown; known are {', '.join(sorted(_KINDS))}")
-        return _KINDS[kind].build(config, tensors)
+        try:
+            return _KINDS[kind].build(config, tensors)
+        except KeyError as error:
+            raise RestpointError(
+                f"signal: the state of a {kind!r} lacks {error.args[0]!r}; another version saved it, calibrate anew"
+            ) from error
 
     @classmethod
     def build(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Signal":

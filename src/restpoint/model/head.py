@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from restpoint.errors import RestpointError
+from restpoint.memory_order import for_one_row
 from restpoint.model.stack import LayerStack
 
 
@@ -96,11 +97,14 @@ class Head:
     def rows(
         self, tokens: Int[Tensor, " tokens"] | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """A copy of the unembedding's weight and bias: of some tokens only, or in another dtype."""
+        """A copy of the unembedding's weight and bias: of some tokens only, or in another dtype.
+
+        It lies in memory as one row's product is fastest.
+        """
         assert isinstance(self.unembedding, nn.Linear)
         weight, bias = self.unembedding.weight, self.unembedding.bias
         index = slice(None) if tokens is None else tokens.to(weight.device)
-        weight = weight[index].to(dtype).contiguous()
+        weight = for_one_row(weight[index].to(dtype).t()).t()
         return weight, None if bias is None else bias[index].to(dtype).contiguous()
 
     def logits(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
