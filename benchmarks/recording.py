@@ -2,8 +2,9 @@
 
     python benchmarks/recording.py [--tokens 20000] [--repeats 5] [--sets geometry lens] [--model reference] [--growth]
 
-Times the forward pass by itself (the stack without its head), then the same passes with states recorded and measured,
-for each set of measures, in turn on the same batches; medians over repeats, the first left out. "stored first" is
+Times the forward pass by itself (the stack without its head, and the whole model), then the same passes of the stack
+with states recorded and measured, for each set of measures, in turn on the same batches; medians over repeats, the
+first left out. Ratios are to the stack alone. "stored first" is
 `output_hidden_states=True` for every batch and the same measures afterwards from what was stored. With --growth, the
 peak memory of surveys of 10,000 up to 1,000,000 tokens by geometry alone, each in a process of its own.
 """
@@ -94,6 +95,11 @@ def main() -> None:
         for ids in inputs:
             backbone(input_ids=ids, use_cache=False)
 
+    @torch.inference_mode()
+    def whole() -> None:
+        for ids in inputs:
+            loaded.model(input_ids=ids, use_cache=False)
+
     def measured(names: tuple[str, ...]) -> Callable[[], None]:
         def work() -> None:
             measures = allowed(subject, layers, SurveyOptions(measures=names))[0] if names else []
@@ -119,7 +125,11 @@ def main() -> None:
                 measure.add(Trajectory(one, piece.index, torch.tensor(piece.ids), piece.domain))
         measure.results()
 
-    works = {"forward pass": plain, **{f"with {name}": measured(SETS[name]) for name in arguments.sets}}
+    works = {
+        "forward pass": plain,
+        "forward pass and head": whole,
+        **{f"with {name}": measured(SETS[name]) for name in arguments.sets},
+    }
     works["stored first, geometry"] = stored
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(arguments.repeats + 1):
