@@ -80,6 +80,15 @@ def test_a_chain_is_one_component_of_higher_rank():
     assert int(seen.cluster_count(pairs, 0.01)) == int(seen.cluster_rank(pairs, 0.01)) == 3
 
 
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.2, 1.0])
+def test_the_rank_of_graphs_with_lone_tokens(density):
+    drawn = torch.rand(2, 3, 14, 14, generator=torch.Generator().manual_seed(0)) < density
+    graphs = drawn | drawn.mT | torch.eye(14, dtype=torch.bool)
+    expected = np.linalg.matrix_rank(graphs.double().numpy(), hermitian=True)
+    assert seen.adjacency_rank(graphs).tolist() == expected.tolist()
+    assert int(seen.adjacency_rank(graphs[0, 0])) == expected[0, 0]
+
+
 def test_share_of_pairs():
     states = on_circle(torch.tensor([0.0, 0.001, 0.002, 3.0], dtype=DOUBLE))
     assert float(seen.clustered_share(states)) == pytest.approx(6 / 12)

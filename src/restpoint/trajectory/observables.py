@@ -176,8 +176,16 @@ def component_labels(adjacent: Bool[Tensor, "*batch tokens tokens"]) -> Int[Tens
 
 
 def adjacency_rank(adjacent: Bool[Tensor, "*batch tokens tokens"]) -> Int[Tensor, "*batch"]:
-    """Rank of the 0/1 matrix of a graph."""
-    return torch.linalg.matrix_rank(adjacent.double(), hermitian=True)
+    """Rank of the 0/1 matrix of a graph that joins every token with itself.
+
+    A token that nothing is joined to adds 1, so that the decomposition is of the others alone.
+    """
+    ranks = []
+    for graph in adjacent.flatten(0, -3) if adjacent.ndim > 2 else adjacent[None]:
+        joined = graph.sum(-1) > 1
+        among = graph[joined][:, joined].double()
+        ranks.append((~joined).sum() + torch.linalg.matrix_rank(among, hermitian=True))
+    return torch.stack(ranks).view(adjacent.shape[:-2])
 
 
 def merging_times(
