@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from decoding import PROMPT, Named, Stepped, costs, fused, model_and_target, tokens_of
 from families import FAMILIES, VOCABULARY
-from restpoint.decode.acceptance import Acceptance, AcceptanceCounter, Calibration, Estimate
+from restpoint.decode.acceptance import Acceptance, AcceptanceCounter, Calibration, Correction, Estimate
 from restpoint.decode.control import Control, Pace, Rest, best_count
 from restpoint.decode.costs import Costs
 from restpoint.decode.draft import ROOT, Candidates, Draft, TokenPath, Verified
@@ -102,6 +102,35 @@ def test_best_count_is_the_best_of_all(seed: int) -> None:
     else:
         assert found >= least
         assert gains[found] == pytest.approx(max(gains.values()))
+
+
+def test_claims_are_doubted_until_outcomes_say_otherwise() -> None:
+    correction = Correction()
+    assert correction.of(0, 1, 0.5) == pytest.approx(1 / (1 + math.exp(0.8)))
+    draw = random.Random(0)
+    told = [draw.uniform(0.05, 0.95) for _ in range(4000)]
+    for chance in told:  # in truth, odds are twice what is claimed
+        odds = 2 * chance / (1 - chance)
+        correction.add(5, 2, chance, draw.random() < odds / (1 + odds))
+    gap = [correction.of(5, 2, chance) - 2 * chance / (1 + chance) for chance in told]
+    assert max(map(abs, gap)) < 0.12  # steps of 0.1 keep wandering: a standard deviation of about 0.05 at most
+    assert correction.of(5, 1, 0.5) == correction.of(2, 2, 0.5) == correction.of(0, 1, 0.5)  # no other has learnt
+    assert correction.of(7, 2, 0.5) == correction.of(4, 2, 0.5) > correction.of(8, 2, 0.5)
+    assert 0 < correction.of(0, 1, 0.0) < 0.001
+    assert 0.99 < correction.of(0, 1, 1.0) < 1
+
+
+def test_a_node_that_others_name_too_counts_by_what_such_nodes_were_worth() -> None:
+    correction = Correction()
+    for _ in range(100):
+        correction.add(0, 2, 0.5, False)
+    trie = Trie(correction)
+    trie.merge(Candidates((3, 4), (ROOT, 0), (0.5, 0.5)), 0, FLAT)
+    alone = list(trie.reaches)
+    trie.merge(Candidates((3,), (ROOT,), (0.5,)), 1, FLAT)
+    assert trie.claims[0] == pytest.approx(0.75)
+    assert trie.chances[0] == correction.of(0, 2, 0.75) < alone[0]
+    assert trie.reaches[1] == pytest.approx(trie.chances[0] * correction.of(1, 1, 0.5))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -321,7 +350,7 @@ def test_drafters_that_are_always_wrong_are_given_up(text: list[int]) -> None:
     for draft, _ in rounds_of(text, [instant], stepped):
         starts.append(stepped.starts)
         drafted.append(len(draft.tokens))
-    assert sum(drafted[:40]) > 10
+    assert sum(drafted[:40]) > 5
     assert sum(count > 0 for count in drafted[100:]) < 0.12 * len(drafted[100:])
     assert starts[-1] < 0.12 * len(starts)
 

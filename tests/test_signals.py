@@ -404,7 +404,7 @@ def test_a_layers_gate_does_not_depend_on_the_other_candidates() -> None:
 def test_a_gate_that_another_version_saved_is_refused() -> None:
     config, tensors = fitted()["gate"].state()
     del tensors["bias"]
-    with pytest.raises(RestpointError, match=r"lacks 'bias'.* fit and calibrate again"):
+    with pytest.raises(RestpointError, match=r"lacks 'bias'; fit and calibrate again"):
         Signal.from_state(config, tensors)
 
 

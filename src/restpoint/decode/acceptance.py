@@ -1,5 +1,6 @@
 """How often a drafter's tokens stand, by what it says of them: measured beforehand, corrected as outcomes are seen."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ _EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
 _SMOOTHING = 2.0
 _PRIOR_WEIGHT = 12.0
 _FORGET = 0.985
+_DEPTHS = (1, 2, 4, 8)
+_DOUBT = 0.8
+_STEP = 0.1
+_LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,32 @@ class Acceptance:
     def add(self, depth: int, confidence: float, stood: bool) -> None:
         """Learn an outcome."""
         self._bins[depth > 0][bisect_right(self.calibration.edges, confidence)].add(float(stood))
+
+
+class Correction:
+    """Chances of named tokens as outcomes correct them: p = sigma(logit c - b), c what drafters' calibrations say.
+
+    Drafters are calibrated one by one, what several say of a token is put together as if they erred independently, and
+    the tree that looks best is one whose chances are overestimated. So b starts above 0, and every outcome y of a token
+    moves it by a gradient step of the log loss, b -= 0.1 (y - p). There is one b for each stretch of depths (0, 1,
+    2-3, 4-7, 8 and more), of tokens that one drafter named and of those that several did.
+
+    Paper:
+        Gupta, Ramdas 2023, "Online Platt scaling with calibeating" (theirs with a slope beside b).
+    """
+
+    def __init__(self, doubt: float = _DOUBT):
+        self._doubts = [[doubt] * (len(_DEPTHS) + 1) for _ in range(2)]
+
+    def of(self, depth: int, voices: int, chance: float) -> float:
+        """Probability that a token which so many drafters named stands where its parent does."""
+        chance = min(max(chance, _LEAST), 1.0 - _LEAST)
+        odds = math.exp(-self._doubts[voices > 1][bisect_right(_DEPTHS, depth)]) * chance / (1.0 - chance)
+        return odds / (1.0 + odds)
+
+    def add(self, depth: int, voices: int, chance: float, stood: bool) -> None:
+        """Learn an outcome."""
+        self._doubts[voices > 1][bisect_right(_DEPTHS, depth)] -= _STEP * (stood - self.of(depth, voices, chance))
 
 
 class AcceptanceCounter:

@@ -14,6 +14,7 @@ from restpoint.decode.order import Order, draft_first, order_nodes
 from restpoint.decode.outcomes import Outcomes
 from restpoint.decode.sampling import Sampler
 from restpoint.decode.tree import RoundTree, TreeSettings
+from restpoint.decode.trie import Trie
 from restpoint.decode.verifiers.base import Verifier
 
 
@@ -21,10 +22,11 @@ class Fusion(Speculator):
     """Fuses drafters into one tree a round, under the measured cost of drafting and verifying.
 
     Instant drafters name their candidates; each candidate's chance is what tokens of that confidence from that drafter
-    were worth so far. A stepped drafter then adds the most probable tokens after the nodes that are reached with the
-    highest probability, level by level, while the tokens that it is expected to add are worth more than the time it
-    takes; when tokens are sampled it also draws one token from what its children leave of its law. The tree that is
-    verified holds every drawn node and as many of the others, by probability of being reached, as pay for the pass.
+    were worth so far, and what all drafters claim together is corrected by what such claims were worth. A stepped
+    drafter then adds the most probable tokens after the nodes that are reached with the highest probability, level by
+    level, while the tokens that it is expected to add are worth more than the time it takes; when tokens are sampled it
+    also draws one token from what its children leave of its law. The tree that is verified holds every drawn node and
+    as many of the others, by probability of being reached, as pay for the pass.
 
     Exact: nodes chosen without chance may depend on anything drafted, since the verification emits each token by the
     target's law whatever stands in the tree; a drawn token is always verified, whatever it turns out to be.
@@ -126,7 +128,7 @@ class Fusion(Speculator):
 
     def _begin_round(self, path: TokenPath, room: int) -> None:
         """Forget the last round and ask the instant drafters."""
-        self._round = RoundTree(path, room)
+        self._round = RoundTree(path, room, Trie(self._outcomes.correction))
         room = min(room, self.control.costs.largest)
         if self._drafts:
             self._round.asked = True

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from restpoint.decode.acceptance import Acceptance, Estimate
+from restpoint.decode.acceptance import Acceptance, Correction, Estimate
 from restpoint.decode.draft import ROOT, Verified
 from restpoint.decode.tree import RoundTree
 from restpoint.decode.trie import BY_CHANCE
@@ -23,12 +23,14 @@ class Outcomes:
         drawn: how often a drawn token stands where its parent does.
         new: how often the stepped drafter names the token that comes where no instant one does: after the pending
             token, and later.
+        correction: of what drafters claim together.
     """
 
     def __init__(self, acceptances: Sequence[Acceptance], instant: int):
         self.acceptances = list(acceptances)
         self.drawn = Estimate(_DRAWN)
         self.new = (Estimate(_NEW), Estimate(_NEW))
+        self.correction = Correction()
         self._instant = instant
 
     def learn(self, tree: RoundTree, verified: Verified) -> None:
@@ -39,6 +41,7 @@ class Outcomes:
             depth = trie.depth_after(node)
             came = trie.children[node + 1].get(token)
             for child in trie.children[node + 1].values():
+                self.correction.add(depth, len(trie.offers[child]), trie.claims[child], child == came)
                 for drafter, confidence in trie.offers[child]:
                     if drafter != BY_CHANCE:
                         self.acceptances[drafter].add(depth, confidence, child == came)

@@ -1,6 +1,6 @@
 """One tree of all that drafters expect: the same token after the same tokens is one node."""
 
-from restpoint.decode.acceptance import Acceptance
+from restpoint.decode.acceptance import Acceptance, Correction
 from restpoint.decode.draft import ROOT, Candidates
 
 BY_CHANCE = -1
@@ -10,21 +10,27 @@ BY_CHANCE = -1
 class Trie:
     """Candidates of several drafters, merged, with the probability that each node stands.
 
+    Args:
+        correction: of what drafters claim together; None takes it as it is.
+
     Attributes:
         tokens: the token of each node.
         parents: the node that each follows; ``ROOT`` (-1) is the pending token.
         depths: 0 for a node that follows the pending token.
-        chances: probability that a node stands if its parent does: 1 - prod (1 - c) over what each drafter gives it.
-            (Drafters' errors are not independent, so this is too sure; it orders nodes better than the largest c does.)
+        claims: what drafters give a node together: 1 - prod (1 - c). (Their errors are not independent, so this is too
+            sure; it orders nodes better than the largest c does.)
+        chances: probability that a node stands if its parent does: the claim, corrected.
         reaches: probability that a node stands with all before it.
         offers: for each node, who named it: index of the drafter (or ``BY_CHANCE``) and its confidence.
         children: for the root and every node (entry node + 1): token to node.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, correction: Correction | None = None) -> None:
+        self.correction = correction
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
+        self.claims: list[float] = []
         self.chances: list[float] = []
         self.reaches: list[float] = []
         self.offers: list[list[tuple[int, float]]] = []
@@ -50,13 +56,15 @@ class Trie:
             self.tokens.append(token)
             self.parents.append(parent)
             self.depths.append(self.depth_after(parent))
-            self.chances.append(chance)
-            self.reaches.append(self.reach(parent) * chance)
             self.offers.append([(drafter, confidence)])
             self.children.append({})
+            self.claims.append(chance)
+            self.chances.append(self._corrected(node))
+            self.reaches.append(self.reach(parent) * self.chances[node])
         else:
             self.offers[node].append((drafter, confidence))
-            self._raise(node, 1.0 - (1.0 - self.chances[node]) * (1.0 - chance))
+            self.claims[node] = 1.0 - (1.0 - self.claims[node]) * (1.0 - chance)
+            self._change(node, self._corrected(node))
         return node
 
     def merge(self, candidates: Candidates, drafter: int, acceptance: Acceptance) -> None:
@@ -87,11 +95,15 @@ class Trie:
                 left -= reaches[node]
         return reaches
 
-    def _raise(self, node: int, chance: float) -> None:
-        """Give a node a higher chance; what lies below it is reached more often too."""
+    def _corrected(self, node: int) -> float:
+        claim, voices = self.claims[node], len(self.offers[node])
+        return claim if self.correction is None else self.correction.of(self.depths[node], voices, claim)
+
+    def _change(self, node: int, chance: float) -> None:
+        """Give a node another chance; what lies below it is reached more or less often too."""
         self.chances[node] = chance
         waiting = [node]
         while waiting:
-            raised = waiting.pop()
-            self.reaches[raised] = self.reach(self.parents[raised]) * self.chances[raised]
-            waiting.extend(self.children[raised + 1].values())
+            changed = waiting.pop()
+            self.reaches[changed] = self.reach(self.parents[changed]) * self.chances[changed]
+            waiting.extend(self.children[changed + 1].values())

@@ -58,7 +58,7 @@ class Signal(ABC):
             return _KINDS[kind].build(config, tensors)
         except KeyError as error:
             raise RestpointError(
-                f"signal: the state of a {kind!r} lacks {error.args[0]!r}; another version saved it; fit and calibrate again"
+                f"signal: the state of a {kind!r} lacks {error.args[0]!r}; fit and calibrate again"
             ) from error
 
     @classmethod
