@@ -9,6 +9,7 @@ from restpoint.decode.trie import BY_CHANCE
 
 _DRAWN = 0.3  # acceptance of a token drawn from what the other children leave, before any was seen
 _NEW = 0.45  # how often a stepped drafter names the next token where no other did, likewise
+_FEW = 4.0  # outcomes that these two are worth
 
 
 class Outcomes:
@@ -28,8 +29,8 @@ class Outcomes:
 
     def __init__(self, acceptances: Sequence[Acceptance], instant: int):
         self.acceptances = list(acceptances)
-        self.drawn = Estimate(_DRAWN)
-        self.new = (Estimate(_NEW), Estimate(_NEW))
+        self.drawn = Estimate(_DRAWN, _FEW)
+        self.new = (Estimate(_NEW, _FEW), Estimate(_NEW, _FEW))
         self.correction = Correction()
         self._instant = instant
 
