@@ -110,7 +110,7 @@ def test_the_watcher_sees_every_level_of_every_kept_token(monkeypatch: pytest.Mo
     """However deep the drafts went, the states are those of a pass over the whole text."""
     layered = plant(LayeredModel(build("llama")), (2, 3))
     model, target, sampler = layered.model, LayeredTarget(layered), Sampler(GREEDY)
-    drafter, fusion = speculator(target, predictors(layered), sampler, settings=TreeSettings(levels=3))
+    drafter, fusion = speculator(target, predictors(layered), sampler, settings=TreeSettings(levels=3, fixed=20))
     force(drafter, monkeypatch, [(2, 3), (4, 3), (1, 2), (0, 1)])
     gathered: dict[int, list[torch.Tensor]] = {level: [] for level in drafter._levels}
     by_draft: set[str] = set()
@@ -137,7 +137,7 @@ def test_shadow_hits_are_those_of_real_drafts(family: str, monkeypatch: pytest.M
     layered = plant(LayeredModel(build(family)), (2, 3))
     target, sampler = LayeredTarget(layered), Sampler(GREEDY)
     candidates = predictors(layered)
-    drafter, fusion = speculator(target, candidates, sampler, settings=TreeSettings(levels=3))
+    drafter, fusion = speculator(target, candidates, sampler, settings=TreeSettings(levels=3, fixed=20))
     force(drafter, monkeypatch, [(2, 3), (0, 3), (4, 1), (1, 3), (3, 0)])
     seen: list[tuple[list[int], list[int], dict[int, list[bool]]]] = []
     learn, observe = drafter.learn, type(drafter.record).observe
