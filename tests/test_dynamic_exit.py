@@ -137,7 +137,7 @@ def test_shadow_hits_are_those_of_real_drafts(family: str, monkeypatch: pytest.M
     layered = plant(LayeredModel(build(family)), (2, 3))
     target, sampler = LayeredTarget(layered), Sampler(GREEDY)
     candidates = predictors(layered)
-    drafter, fusion = speculator(target, candidates, sampler, settings=TreeSettings(levels=3, fixed=20))
+    drafter, fusion = speculator(target, candidates, sampler, settings=TreeSettings(levels=3))
     force(drafter, monkeypatch, [(2, 3), (0, 3), (4, 1), (1, 3), (3, 0)])
     seen: list[tuple[list[int], list[int], dict[int, list[bool]]]] = []
     learn, observe = drafter.learn, type(drafter.record).observe
