@@ -205,9 +205,12 @@ def test_lookup_saves_passes_on_text_that_repeats(reference, decoder):
 
 
 def test_timed_runs_carry_no_hooks(reference, decoder):
+    """Hooks that transformers itself leaves behind, once it was asked for hidden states, are not ours."""
+    layers = reference.model.model.layers
+    before = [list(layer._forward_hooks) for layer in layers]
     method = HuggingFace(reference)
-    method.count(ids_of(decoder), 4)
-    assert all(not layer._forward_hooks for layer in reference.model.model.layers)
+    assert method.count(ids_of(decoder), 4).layers
+    assert [list(layer._forward_hooks) for layer in layers] == before
     run = method.run(ids_of(decoder), 4)
     assert (run.passes, run.layers) == (None, None)
 
