@@ -114,14 +114,14 @@ Sample = Callable[[], tuple[float, Tensor]]
 
 def _native(layered: LayeredModel, prompt: Tensor, blocks: list[Tensor]) -> Sample:
     model: Any = layered.model
-    filled = DynamicCache(config=layered.model.config)
+    filled, name = DynamicCache(config=layered.model.config), layered.stack.cache_argument
     if prompt.shape[1]:
-        model(input_ids=prompt, past_key_values=filled, use_cache=True)
+        model(input_ids=prompt, use_cache=True, **{name: filled})
 
     def sample() -> tuple[float, Tensor]:
         cache = copy.deepcopy(filled)
         began = _now(layered.device)
-        logits = [model(input_ids=block, past_key_values=cache, use_cache=True).logits for block in blocks]
+        logits = [model(input_ids=block, use_cache=True, **{name: cache}).logits for block in blocks]
         return _now(layered.device) - began, torch.cat(logits, 1)
 
     return sample

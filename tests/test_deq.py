@@ -53,7 +53,7 @@ def test_what_ran_is_counted():
 def test_a_text_in_pieces_gives_the_logits_of_the_whole(sizes):
     model, ids = equilibrium(), tokens()
     cache = model.new_cache(capacity=4)
-    found = torch.cat([model(part, past_key_values=cache).logits for part in pieces(ids, sizes)], 1)
+    found = torch.cat([model(part, cache=cache).logits for part in pieces(ids, sizes)], 1)
     torch.testing.assert_close(found, model(ids, use_cache=False).logits, **CLOSE)
     assert cache.layers[1].keys.shape[0] == 1
 

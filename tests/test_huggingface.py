@@ -39,6 +39,7 @@ from restpoint.generate import Decoder
 from restpoint.huggingface import custom
 from restpoint.huggingface.custom import CustomGenerate, generate_fn
 from restpoint.model.load import Loaded
+from restpoint.model.versions import CACHE
 from restpoint.profile import Profile
 from test_law import SETTINGS, TEXT, NeverTwice, exact_law, g_test
 
@@ -436,7 +437,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "penalty_alpha": {"penalty_alpha": 0.6, "top_k": 4},
     "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
     "output_hidden_states": {"output_hidden_states": True, "return_dict_in_generate": True},
-    "past_key_values": {"past_key_values": DynamicCache()},
+    CACHE: {CACHE: DynamicCache()},
     "inputs_embeds": {"inputs_embeds": torch.zeros(1, 8, 32)},
     "position_ids": {"position_ids": torch.arange(8)[None] + 4},
     "cache_implementation": {"cache_implementation": "offloaded"},

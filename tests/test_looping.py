@@ -114,7 +114,7 @@ def test_starts_give_the_text_of_the_models_own_generate(kind, keys):
     )
     tokens, _ = decoded(decoder)
     cache = loaded.model.new_cache(budget=keys or 1)
-    arguments = {"exits": RelativeStep(threshold=0.3), "past_key_values": cache}
+    arguments = {"exits": RelativeStep(threshold=0.3), "cache": cache}
     assert tokens == native(loaded.model, PROMPT, NEW, start=own, **arguments)
     differing = Decoder(loaded, looping=Looping(exits=RelativeStep(threshold=0.3)))
     assert decoded(differing)[1] != decoded(decoder)[1]

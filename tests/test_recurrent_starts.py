@@ -27,7 +27,7 @@ def affine_start(seed=1):
 @torch.no_grad()
 def one_by_one(model, ids, start, budget=None, **settings):
     cache = model.new_cache(budget=budget)
-    outputs = [model(part, past_key_values=cache, start=start, **settings) for part in pieces(ids, (1,) * ids.shape[1])]
+    outputs = [model(part, cache=cache, start=start, **settings) for part in pieces(ids, (1,) * ids.shape[1])]
     return torch.cat([own.logits for own in outputs], 1), torch.cat([own.steps for own in outputs], 1)
 
 
@@ -51,7 +51,7 @@ def test_tokens_begin_where_the_start_says(kind, exits):
         elif last is not None:
             injected = injected_of(model, ids)[:, len(expected) : len(expected) + 1]
             first = torch.cat((injected, last), -1) @ affine.matrix + affine.offset
-        output = model(part, past_key_values=cache, initial_state=first, exits=exits, output_states=True)
+        output = model(part, cache=cache, initial_state=first, exits=exits, output_states=True)
         last = output.states[-1]
         expected.append(output.logits)
         ran.append(output.steps)
@@ -73,14 +73,12 @@ def injected_of(model, ids):
 def test_the_first_token_of_a_longer_pass_begins_there_and_the_others_as_trained():
     model, ids = recurrent(gain=0.3), tokens()
     cache, other = model.new_cache(), model.new_cache()
-    before = model(ids[:, :4], past_key_values=cache, output_states=True)
-    model(ids[:, :4], past_key_values=other)
+    before = model(ids[:, :4], cache=cache, output_states=True)
+    model(ids[:, :4], cache=other)
     noise = model.model.noise.at(torch.arange(4, 11)[None], before.logits).expand(3, -1, -1)
     first = torch.cat((before.states[-1][:, -1:], noise[:, 1:]), 1)
-    expected = model(ids[:, 4:], past_key_values=other, initial_state=first).logits
-    torch.testing.assert_close(
-        model(ids[:, 4:], past_key_values=cache, start=PreviousStart()).logits, expected, **CLOSE
-    )
+    expected = model(ids[:, 4:], cache=other, initial_state=first).logits
+    torch.testing.assert_close(model(ids[:, 4:], cache=cache, start=PreviousStart()).logits, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -92,13 +90,13 @@ def test_padding_is_no_previous_token(side):
     mask[1, gap] = 0
     text = ids[1:, 4:] if side == "left" else ids[1:, :7]
     cache, alone = model.new_cache(), model.new_cache()
-    model(ids, attention_mask=mask, past_key_values=cache)
-    last = model(text, past_key_values=alone, output_states=True).states[-1][0, -1]
+    model(ids, attention_mask=mask, cache=cache)
+    last = model(text, cache=alone, output_states=True).states[-1][0, -1]
     torch.testing.assert_close(cache.last_state[1], last, **CLOSE)
     grown = torch.cat((mask, torch.ones(2, 1, dtype=torch.int64)), 1)
-    found = model(following, attention_mask=grown, past_key_values=cache, start=PreviousStart()).logits[1]
+    found = model(following, attention_mask=grown, cache=cache, start=PreviousStart()).logits[1]
     if side == "left":
-        expected = model(following[1:], past_key_values=alone, start=PreviousStart()).logits[0]
+        expected = model(following[1:], cache=alone, start=PreviousStart()).logits[0]
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
@@ -106,13 +104,13 @@ def test_padding_is_no_previous_token(side):
 def test_the_last_state_goes_where_the_rows_go():
     model, ids = recurrent(gain=0.3), tokens()
     cache = model.new_cache()
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     kept = cache.last_state.clone()
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert torch.equal(cache.last_state, kept[[2, 0]])
     cache.crop(-1)
     assert cache.last_state is None
-    model(ids[:2], past_key_values=cache)
+    model(ids[:2], cache=cache)
     cache.reset()
     assert cache.last_state is None
 
@@ -123,7 +121,7 @@ def test_generate_takes_a_start():
     found = model.generate(ids, max_new_tokens=6, do_sample=False, start=PreviousStart(), pad_token_id=0)
     cache, part, expected = model.new_cache(), ids, [ids]
     for _ in range(6):
-        part = model(part, past_key_values=cache, start=PreviousStart()).logits[:, -1:].argmax(-1)
+        part = model(part, cache=cache, start=PreviousStart()).logits[:, -1:].argmax(-1)
         expected.append(part)
     assert torch.equal(found, torch.cat(expected, 1))
 
@@ -172,7 +170,7 @@ def test_a_linear_core_of_low_rank_is_solved_in_as_many_steps_as_its_rank(monkey
         for part in pieces(ids, (1, 1)):
             output = model(
                 part,
-                past_key_values=cache,
+                cache=cache,
                 solver=solver,
                 exits=RelativeStep(threshold=1e-6),
                 num_steps=500,
@@ -190,8 +188,8 @@ def test_a_linear_core_of_low_rank_is_solved_in_as_many_steps_as_its_rank(monkey
 def test_longer_passes_are_iterated_plainly():
     model, ids = recurrent(gain=0.3), tokens()
     one, other = model.new_cache(budget=1), model.new_cache(budget=1)
-    found = model(ids, past_key_values=one, solver=Anderson()).logits
-    torch.testing.assert_close(found, model(ids, past_key_values=other).logits, **CLOSE)
+    found = model(ids, cache=one, solver=Anderson()).logits
+    torch.testing.assert_close(found, model(ids, cache=other).logits, **CLOSE)
 
 
 def test_what_makes_no_sense_is_refused():
@@ -199,11 +197,11 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(RestpointError, match="start: it is for decoding"):
         model(ids, start=ZeroStart())
     with pytest.raises(RestpointError, match="solver: it gives no gradients"):
-        model(ids, solver=Anderson(), past_key_values=model.new_cache(budget=1))
+        model(ids, solver=Anderson(), cache=model.new_cache(budget=1))
     with torch.no_grad():
         with pytest.raises(RestpointError, match="start: initial_state"):
             model(ids, start=ZeroStart(), initial_state=torch.zeros(1, 2, HIDDEN))
         with pytest.raises(RestpointError, match=r"solver: the map must be the same.*budget=1"):
-            model(ids, solver=Anderson(), past_key_values=model.new_cache())
+            model(ids, solver=Anderson(), cache=model.new_cache())
         with pytest.raises(RestpointError, match="solver: this model has one"):
             equilibrium()(ids, solver=Anderson())

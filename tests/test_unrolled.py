@@ -201,7 +201,7 @@ def test_after_every_round_the_cache_is_that_of_plain_decoding(settings: TreeSet
         injected: list[torch.Tensor] = []
         hook = inner.prelude[-1].register_forward_hook(lambda _m, _a, out, to=injected: to.append(out))
         with torch.no_grad():
-            model(input_ids=torch.tensor([text[:-1]]), past_key_values=own)
+            model(input_ids=torch.tensor([text[:-1]]), cache=own)
         hook.remove()
         for index in range(layered.depth):
             step, within = divmod(index - first, width)

@@ -40,7 +40,7 @@ class LoopedTarget(NativeTarget):
         self.arguments: dict[str, Any] = {"exits": exits, "start": start, "num_steps": steps}
 
     def _fresh(self) -> dict[str, Any]:
-        return {"past_key_values": self.unrolled.stack.inner.new_cache(budget=self.keys)}
+        return {self.unrolled.stack.cache_argument: self.unrolled.stack.inner.new_cache(budget=self.keys)}
 
     def _step(self, tokens: Sequence[int]) -> Scored:
         ids = torch.tensor([list(tokens)], device=self.layered.device)

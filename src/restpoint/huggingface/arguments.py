@@ -26,6 +26,7 @@ from transformers import (
 from restpoint.decode.loop import Stopping
 from restpoint.decode.sampling import BatchRow, Sampler
 from restpoint.errors import RestpointError
+from restpoint.model.versions import CACHE_NAMES
 
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
@@ -44,10 +45,10 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 }
 """Generation settings that restpoint has no counterpart of, with the values that ask for nothing."""
 
-_OWN = ("attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep")
+_OWN = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep")
 """Model inputs that ``generate`` makes by itself."""
 
-_OUTSIDE = ("assistant_model", "synced_gpus", "past_key_values", "cache_params")
+_OUTSIDE = ("assistant_model", "synced_gpus", *CACHE_NAMES)
 """What cannot be told from the settings and model inputs that a callable gets."""
 
 

@@ -16,6 +16,7 @@ _LENGTH = 12
 _PROMPT = 7
 _NOISES = 6
 _TREE = Tree((-1, 0, 0, 1, 2, 1))
+_CHANGED = 4
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def check(layered: LayeredModel, seed: int = 0) -> Capabilities:
 
     Every check compares with ``model(ids)`` in the model's own dtype. The tolerance is 6 times the rounding noise,
     which is what the model's own cached and uncached passes differ by (at least 2 units in the last place and 1e-5 of
-    the largest logit). A check is only believed where it could have failed: changing one earlier token must move the
-    last logits by more than 4 tolerances, else the capability is refused as not established.
+    the largest logit). A check is only believed where it could have failed: changing one of four earlier tokens must move
+    the last logits by more than 4 tolerances, else the capability is refused as not established.
 
     Args:
         layered: the model.
@@ -119,9 +120,10 @@ class _Calibration:
         self.states: list[Tensor] = []
         with self._watched_layers():
             self.logits = self.native(self.ids)
-        changed = self.ids.clone()
-        changed[0, -3] = self.other[0, -3]
-        self.sensitivity = _difference(self.native(changed)[:, -1], self.logits[:, -1])
+        changed = self.ids.repeat(_CHANGED, 1)
+        for row in range(_CHANGED):
+            changed[row, -3 - row] = self.other[0, -3 - row]
+        self.sensitivity = _difference(self.native(changed)[:, -1], self.logits[:, -1].expand(_CHANGED, -1))
         largest = float(self.logits.float().abs().max())
         floor = max(2 * torch.finfo(self.logits.dtype).eps, 1e-5) * largest
         self.tolerance = max(_NOISES * self._native_noise(), floor)

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from restpoint.errors import RestpointError
+from restpoint.model.versions import cache_name
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class LayerStack:
         self.backbone: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         accepted = inspect.signature(type(self.backbone).forward).parameters
         self.takes_positions = "position_ids" in accepted
-        self.cache_argument = "cache_params" if "cache_params" in accepted else "past_key_values"
+        self.cache_argument = cache_name(type(self.backbone).forward)
         self.injected: Tensor | None = None
         self.tapped_hidden: Tensor | None = None
         self.tapped_arguments: list[dict[str, Any]] = []

@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 
 from restpoint.errors import RestpointError
 from restpoint.model.cache import SlotCache
@@ -20,6 +19,7 @@ from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.recurrent.deq import DeepEquilibriumForCausalLM
 from restpoint.model.recurrent.layers import LayerPass
 from restpoint.model.stack import LayerStack, Prelude
+from restpoint.model.versions import causal_mask
 
 _SOLVED = (
     "a solver decides how often its core runs, for all tokens of a pass together, so a block of several tokens ends "
@@ -43,7 +43,7 @@ class UnrolledStack(LayerStack):
         self.argument_names = ["hidden_states", "attention_mask"]
         self.outputs = 0
         self.takes_positions = True
-        self.cache_argument = "past_key_values"
+        self.cache_argument = "cache"
 
     @torch.no_grad()
     def prelude(
@@ -59,16 +59,10 @@ class UnrolledStack(LayerStack):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         if mask is None or mask.ndim == 2:
-            mask = create_causal_mask(
-                config=config,
-                inputs_embeds=hidden,
-                attention_mask=mask,
-                past_key_values=cache,
-                position_ids=positions,
-            )
+            mask = causal_mask(config, hidden, mask, cache, positions)
         rotary = inner.rotary_emb(hidden, positions)
         arguments: list[dict[str, Any]] = [
-            {"rotary": rotary, "attention_mask": mask, "past_key_values": cache} for _ in self.layers
+            {"rotary": rotary, "attention_mask": mask, "cache": cache} for _ in self.layers
         ]
         zero = config.state_init == "zero"
         arguments[len(inner.prelude)]["state"] = torch.zeros_like(hidden) if zero else inner.noise.at(positions, hidden)

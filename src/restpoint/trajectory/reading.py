@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from restpoint.errors import RestpointError
 from restpoint.model.attention_taps import LayerAttention, observing_attention
+from restpoint.model.versions import cache_name
 from restpoint.model.watch import WatchedLayers
 from restpoint.trajectory.attention import stack_attention
 from restpoint.trajectory.measure import Trajectory
@@ -218,11 +219,12 @@ def while_writing(layers: WatchedLayers, prompt: Int[Tensor, " prompt"], new_tok
         new_tokens: how many to write; the last one is not read any more.
     """
     model = layers.model
+    name = cache_name(type(model).forward)
     block, ids, passes, cache = prompt[None].to(model.device), [prompt], [], None
     for _ in range(new_tokens):
         with layers.watch() as states:
-            out = model(input_ids=block, past_key_values=cache, use_cache=True)
+            out = model(input_ids=block, use_cache=True, **{name: cache})
         passes.append(layers.stacked(states, 0))
-        cache, block = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        cache, block = getattr(out, name), out.logits[:, -1:].argmax(-1)
         ids.append(block[0].cpu())
     return Trajectory(torch.cat(passes, 1), 0, torch.cat(ids)[:-1])

@@ -76,7 +76,7 @@ def token_by_token(
     for place in range(ids.shape[1] - 1):
         output = model(
             ids[:, place : place + 1],
-            past_key_values=cache,
+            cache=cache,
             num_steps=num_steps,
             exits=exits,
             start=start,

@@ -52,7 +52,7 @@ def decode_greedily(
     def pass_over(ids: Tensor) -> tuple[Tensor, Tensor]:
         output = model(
             ids,
-            past_key_values=cache,
+            cache=cache,
             num_steps=num_steps,
             exits=exits,
             start=way.start,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as initialise
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
@@ -24,6 +23,7 @@ from restpoint.model.recurrent.config import RecurrentDepthConfig
 from restpoint.model.recurrent.exits import Rest, iterate_until_exit
 from restpoint.model.recurrent.layers import Norm, Pass, SandwichLayer, StateNoise, cut_normal
 from restpoint.model.recurrent.starts import Start
+from restpoint.model.versions import causal_mask
 
 
 @dataclass
@@ -32,7 +32,7 @@ class RecurrentModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: what logits are read from.
-        past_key_values: where keys and values were stored, if they were.
+        cache: where keys and values were stored, if they were.
         steps: core steps that each token ran, (batch, seq).
         computed: tokens that the core was given, summed over its steps.
         states: s_0, s_1, .., each (batch, seq, hidden), with ``output_states``.
@@ -40,7 +40,7 @@ class RecurrentModelOutput(ModelOutput):
     """
 
     last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     steps: Tensor | None = None
     computed: int | None = None
     states: tuple[Tensor, ...] | None = None
@@ -55,7 +55,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SandwichLayer"]  # noqa: RUF012 (the names are transformers')
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -99,7 +99,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | None = None,
@@ -126,7 +126,8 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
             padding = attention_mask[:, -count:] == 0
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
-        cache = self.new_cache() if past_key_values is None and (use_cache or exits is not None) else past_key_values
+        if cache is None and (use_cache or exits is not None):
+            cache = self.new_cache()
         if cache is not None and not isinstance(cache, RecurrentCache):
             refuse_other(cache)
         if solver is not None:
@@ -135,13 +136,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = _positions(attention_mask, past, count, inputs_embeds.device)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-        )
+        mask = causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if mask is None and count > 1 and exits is not None:  # a part of the tokens needs its own rows of it
             slots = torch.arange(past + count, device=inputs_embeds.device)
             mask = (slots[past:, None] >= slots)[None, None]
@@ -183,7 +178,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
             cache.close(num_steps if exits is None else int(ran.min()))
         return RecurrentModelOutput(
             last_hidden_state=hidden,
-            past_key_values=cache if use_cache else None,
+            cache=cache if use_cache else None,
             steps=rest.steps,
             computed=rest.computed,
             states=None if rest.states is None else tuple(rest.states),
@@ -263,7 +258,7 @@ class RecurrentDepthModel(RecurrentPreTrainedModel):
         if cache is None or cache.budget != 1:
             raise RestpointError(
                 "solver: the map must be the same at every step, so earlier tokens must be seen at their last one; "
-                "give past_key_values=new_cache(budget=1)"
+                "give cache=new_cache(budget=1)"
             )
 
     def _first_state(self, injected: Tensor, positions: Tensor, given: Tensor | None) -> Tensor:

@@ -191,7 +191,7 @@ class RecurrentCache(Cache):
             RestpointError: the cache holds another number of rows.
         """
         if self.batch and self.batch != batch:
-            raise RestpointError(f"past_key_values: it holds {self.batch} rows and the pass has {batch}; use another")
+            raise RestpointError(f"cache: it holds {self.batch} rows and the pass has {batch}; use another")
         if not self.batch:
             self.batch, self.available = batch, torch.zeros(batch, self.capacity, dtype=torch.int64, device=device)
         self.count = count
@@ -286,6 +286,6 @@ class RecurrentCache(Cache):
 def refuse_other(cache: Cache) -> NoReturn:
     """Say that a cache of another kind does not do."""
     raise RestpointError(
-        f"past_key_values is a {type(cache).__name__}, which has one step for every layer; "
+        f"cache is a {type(cache).__name__}, which has one step for every layer; "
         "use the model's new_cache(), or leave it out"
     )

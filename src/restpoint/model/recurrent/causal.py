@@ -18,6 +18,7 @@ from restpoint.model.recurrent.backbone import RecurrentDepthModel, RecurrentPre
 from restpoint.model.recurrent.cache import RecurrentCache
 from restpoint.model.recurrent.config import RecurrentDepthConfig
 from restpoint.model.recurrent.starts import Start
+from restpoint.model.versions import CACHE
 
 
 @dataclass
@@ -27,7 +28,7 @@ class RecurrentOutput(ModelOutput):
     Attributes:
         loss: of the labels, shifted by one, where there are any.
         logits: of the next token.
-        past_key_values: where keys and values were stored, if they were.
+        cache: where keys and values were stored, if they were.
         steps: core steps that each token ran, (batch, seq).
         computed: tokens that the core was given, summed over its steps.
         states: s_0, s_1, .., each (batch, seq, hidden), with ``output_states``.
@@ -35,7 +36,7 @@ class RecurrentOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     steps: Tensor | None = None
     computed: int | None = None
     states: tuple[Tensor, ...] | None = None
@@ -56,7 +57,8 @@ class RecurrentDepthForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
       Needs ``torch.no_grad()`` and a cache of budget 1, with which earlier tokens are seen at their last step.
     * ``output_states``: return s_0 .. s_r.
 
-    and ``generate`` hands them on. ``past_key_values`` is a `RecurrentCache`, made by ``new_cache``.
+    and ``generate`` hands them on. ``cache`` is a `RecurrentCache`, made by ``new_cache``;
+    ``past_key_values`` is its name in ``transformers`` before 5.24.
 
     Raises:
         RestpointError: a number is below 1, a state of the wrong shape, a cache of another kind or with another batch,
@@ -86,13 +88,21 @@ class RecurrentDepthForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         """An empty cache; see `RecurrentCache`."""
         return self.model.new_cache(budget=budget, capacity=capacity)
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.cache is not None:
+            updated[CACHE] = outputs.cache  # before 5.24 it is looked for under another name
+        return updated
+
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -104,13 +114,14 @@ class RecurrentDepthForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         start: Start | None = None,
         solver: Method | None = None,
         output_states: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> RecurrentOutput:
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_steps=num_steps,
@@ -128,7 +139,7 @@ class RecurrentDepthForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return RecurrentOutput(loss, logits, output.past_key_values, output.steps, output.computed, output.states)
+        return RecurrentOutput(loss, logits, output.cache, output.steps, output.computed, output.states)
 
 
 @torch.no_grad()

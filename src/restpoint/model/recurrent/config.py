@@ -43,7 +43,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     """
 
     model_type = "restpoint_recurrent"
-    keys_to_ignore_at_inference = ["past_key_values", "states", "steps"]  # noqa: RUF012 (the name is transformers')
+    keys_to_ignore_at_inference = ["cache", "states", "steps"]  # noqa: RUF012 (the name is transformers')
 
     vocab_size: int = 8192
     hidden_size: int = 256

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from restpoint.model.recurrent.cache import Chosen, RecurrentCache
 from restpoint.model.recurrent.config import RecurrentDepthConfig
+from restpoint.model.versions import CACHE
 
 _BLOCK = 64
 _SEEDS = 2**32
@@ -88,7 +89,7 @@ class SandwichLayer(GradientCheckpointingLayer):
             self.norm_1(hidden_states),
             position_embeddings=passing.rotary,
             attention_mask=passing.mask,
-            past_key_values=passing.cache,
+            **{CACHE: passing.cache},
         )
         hidden_states = self.norm_2(hidden_states + attended)
         return self.norm_4(hidden_states + self.mlp(self.norm_3(hidden_states)))

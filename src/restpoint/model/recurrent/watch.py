@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
 from restpoint.errors import RestpointError
 from restpoint.model.recurrent.causal import RecurrentDepthForCausalLM
 from restpoint.model.recurrent.config import DeepEquilibriumConfig
 from restpoint.model.recurrent.layers import Pass
+from restpoint.model.versions import causal_mask
 from restpoint.model.watch import Loop, WatchedLayers
 
 
@@ -114,13 +114,7 @@ class WatchedRecurrence(WatchedLayers):
         first, last = self.loop.first, self.loop.last
         looped = states[first : last + 1].to(self.inner.adapter.weight)
         positions = torch.arange(states.shape[1], device=looped.device)[None]
-        mask = create_causal_mask(
-            config=self.model.config,
-            inputs_embeds=looped,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=positions,
-        )
+        mask = causal_mask(self.model.config, looped, None, None, positions)
         passing = Pass(self.inner.rotary_emb(looped, positions), mask, None)
         hidden = self.inner.norm(looped)
         for layer in self.inner.coda:
