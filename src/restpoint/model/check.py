@@ -80,8 +80,8 @@ def check(layered: LayeredModel, seed: int = 0) -> Capabilities:
 
     Every check compares with ``model(ids)`` in the model's own dtype. The tolerance is 6 times the rounding noise,
     which is what the model's own cached and uncached passes differ by (at least 2 units in the last place and 1e-5 of
-    the largest logit). A check is only believed where it could have failed: changing one of four earlier tokens must move
-    the last logits by more than 4 tolerances, else the capability is refused as not established.
+    the largest logit). A check is only believed where it could have failed: changing one of four earlier tokens must
+    move the last logits by more than 4 tolerances, else the capability is refused as not established.
 
     Args:
         layered: the model.
