@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from restpoint.calibrate.options import ReadOptions
+from restpoint.equilibrium.descent import RefineProgress, RefineSettings
 from restpoint.equilibrium.fitting import fit_affine
 from restpoint.equilibrium.predictors import AffinePredictor, Predictor
-from restpoint.equilibrium.refining import RefineProgress, RefineSettings, refine
+from restpoint.equilibrium.refining import refine
 from restpoint.equilibrium.streaming import Chunk, FitSettings, Stream
 from restpoint.errors import RestpointError
 from restpoint.exit.gate import Gate, fit_gate
@@ -111,10 +112,6 @@ def _solve(
         seed=options.seed,
         product_precision="float32",
     )
-    emitted = None if vocabulary is None else Readout(recorded.layered, vocabulary=vocabulary)
-
-    def logits(rest: Tensor) -> Tensor:
-        return recorded.logits(rest) if emitted is None else emitted.logits(rest.to(recorded.layered.dtype))
 
     def fitted() -> Iterator[Chunk]:
         return recorded.chunks(recorded.fitted)
@@ -133,8 +130,8 @@ def _solve(
             solved[layer] = _refined(
                 solved[layer],
                 fitted,
-                lambda: (recorded.held_out_chunk(index) for index in recorded.held_out),
-                logits,
+                recorded.set_aside,
+                recorded.head(vocabulary),
                 options,
                 lambda look, before=before: report("refine predictors", before + look.step, steps),
             )

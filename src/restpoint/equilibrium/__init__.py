@@ -3,6 +3,7 @@
 from restpoint.equilibrium.affine import AffineMap
 from restpoint.equilibrium.depth import DepthSolution, Swept, solve_depth, sweep_depth
 from restpoint.equilibrium.depth_starts import FittedStart, StartFit
+from restpoint.equilibrium.descent import RefineProgress, RefineResult, RefineSettings
 from restpoint.equilibrium.differentiation import Adjoint, implicit
 from restpoint.equilibrium.dynamic_modes import (
     DynamicModePredictor,
@@ -23,7 +24,8 @@ from restpoint.equilibrium.predictors import (
     Predictor,
     RestPointRecurrence,
 )
-from restpoint.equilibrium.refining import RefineProgress, RefineResult, RefineSettings, refine
+from restpoint.equilibrium.refining import refine
+from restpoint.equilibrium.refining_recurrence import refine_recurrence
 from restpoint.equilibrium.ridge import solve_ridge, solve_ridge_path
 from restpoint.equilibrium.slopes import SlopeFit, Slopes
 from restpoint.equilibrium.solvers.anderson import Anderson
@@ -83,6 +85,7 @@ __all__ = [
     "implicit",
     "negative_squared_error",
     "refine",
+    "refine_recurrence",
     "solve",
     "solve_depth",
     "solve_ridge",

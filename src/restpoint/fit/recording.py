@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,10 @@ class Recording:
         start = self.prompt_length
         return Chunk(chunk.states[:, start:], chunk.rest[:, start:], chunk.layers)
 
+    def set_aside(self) -> Iterator[Chunk]:
+        """Those of all held-out sequences, each by itself."""
+        return (self.held_out_chunk(index) for index in self.held_out)
+
     def chunks(self, indices: list[int]) -> Iterator[Chunk]:
         """States in float32; the first position, often an attention sink, is left out."""
         layers = self.store.layout.layers
@@ -96,9 +100,13 @@ class Recording:
         logits = self.layered.logits(rest[None].to(self.layered.dtype))
         return torch.softmax(logits[0].float(), -1)
 
-    def logits(self, rest: Tensor) -> Tensor:
-        """Next-token logits of rest states in float32; unlike those of the model itself, with a gradient."""
-        return self.layered.head.logits(rest[None].to(self.layered.dtype))[0].float()
+    def head(self, vocabulary: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """From rest states to the logits of some tokens (None for all) in float32; they have a gradient."""
+        head, dtype = self.layered.head, self.layered.dtype
+        if vocabulary is None:
+            return lambda rest: head.logits(rest[None].to(dtype))[0].float()
+        rows = head.rows(vocabulary.to(self.layered.device))
+        return lambda rest: head.unembed(head.rest_state(rest[None].to(dtype)), *rows)[0].float()
 
     def rests(self, index: int) -> Tensor:
         """h_L of every token of a sequence, in the model's dtype."""

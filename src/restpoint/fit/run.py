@@ -4,14 +4,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from restpoint.decode.draft import InstantDrafter
 from restpoint.decode.drafters.heads import HeadsDrafter
 from restpoint.decode.drafters.tables import TABLES
 from restpoint.decode.target import LayeredTarget
+from restpoint.equilibrium.descent import RefineProgress, RefineSettings
 from restpoint.equilibrium.fitting import fit_affine, fit_monge, fit_recurrence
 from restpoint.equilibrium.heads import MultiTokenHeads, fit_heads
-from restpoint.equilibrium.predictors import AffinePredictor, IdentityPredictor, Predictor
-from restpoint.equilibrium.refining import RefineSettings, refine
+from restpoint.equilibrium.predictors import AffinePredictor, IdentityPredictor, Predictor, RestPointRecurrence
+from restpoint.equilibrium.refining import refine
+from restpoint.equilibrium.refining_recurrence import refine_recurrence
 from restpoint.equilibrium.streaming import Chunk, FitProgress, FitSettings
 from restpoint.errors import RestpointError
 from restpoint.fit.along_depth import extrapolations, layers_before
@@ -53,8 +57,8 @@ def fit_profile(
 ) -> FitReport:
     """Fit a profile to a model and write it to ``output``.
 
-    One pass of the model over the text records its states on disk; everything else is closed-form algebra on them (and,
-    where asked for, gradient steps that refine it).
+    One pass of the model over the text records its states on disk. Predictors are closed-form algebra on them; gradient
+    steps then refine the recurrence with random features.
     Part of the text is the model's own: half of those sequences greedy, half sampled. Memory does not depend on the
     amount of text. An interrupted fit resumes from its recording when the same call is repeated.
 
@@ -84,12 +88,12 @@ def fit_profile(
         raise RestpointError(f"exit_layers is {exits}; each must lie between 0 and {layered.depth - 1}")
     read = {*exits, *(layer for exit in exits for layer in layers_before(exit))} if options.extrapolate else exits
     recorded = record(loaded, layered, texts, options, tuple(sorted(read)), Path(output) / "states", report)
-    predictors = _solve(recorded, options, exits, report)
+    vocabulary = recorded.frequent_tokens(options.vocabulary) if options.vocabulary else None
+    allowed = vocabulary if layered.head.direct else None
+    predictors = _solve(recorded, options, exits, allowed, report)
     heads = _solve_heads(recorded, options, report) if options.heads else None
     start = solve_start(loaded, recorded, report) if options.start else None
-    vocabulary = recorded.frequent_tokens(options.vocabulary) if options.vocabulary else None
     meter = CostMeter(LayeredTarget(layered), trees=capabilities.tree.supported)
-    allowed = vocabulary if layered.head.direct else None
     calibrations: dict[str, Calibrations] = {}
     rows: list[Measured] = []
     for index, (name, predictor) in enumerate(predictors.items()):
@@ -123,8 +127,10 @@ def fit_profile(
     return FitReport(profile, tuple(rows), recorded.tokens)
 
 
-def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], report: Progress) -> dict[str, Predictor]:
-    """Every predictor at every exit layer, in closed form; then what refines one."""
+def _solve(
+    recorded: Recording, options: FitOptions, exits: tuple[int, ...], vocabulary: Tensor | None, report: Progress
+) -> dict[str, Predictor]:
+    """Every predictor at every exit layer, in closed form; then what refines one, for tokens that may be drafted."""
     jobs: list[tuple[str, Callable[[Callable[[FitProgress], None]], Predictor]]] = []
     linear = FitSettings(
         strengths=(1e-5, 1e-3, 1e-2), features=0, steps=options.steps, seed=options.seed, product_precision="float32"
@@ -141,16 +147,23 @@ def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], rep
 
     def refined(name: str) -> Predictor:
         start = solved[name]
+        settings = RefineSettings(
+            steps=options.refine,
+            learning_rate=2e-3,
+            rows=1024,
+            every=max(1, min(100, options.refine // 5)),
+            seed=options.seed,
+        )
+
+        def look(seen: RefineProgress) -> None:
+            report(f"refine {name}", seen.step, seen.steps)
+
+        if isinstance(start, RestPointRecurrence):
+            return refine_recurrence(start, stream, recorded.set_aside, head, settings, progress=look).predictor
         assert isinstance(start, AffinePredictor)
-        settings = RefineSettings(steps=options.refine, every=max(1, min(50, options.refine // 4)), seed=options.seed)
-        return refine(
-            start,
-            stream,
-            held_out,
-            recorded.logits,
-            settings,
-            progress=lambda look: report(f"refine {name}", look.step, look.steps),
-        ).predictor
+        return refine(start, stream, recorded.set_aside, head, settings, progress=look).predictor
+
+    head = recorded.head(vocabulary)
 
     solved: dict[str, Predictor] = {}
     shared = {"score": recorded.score}
@@ -165,7 +178,7 @@ def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], rep
                 f"monge@{layer}",
                 lambda p, layer=layer: fit_monge(stream, held_out, layer, linear, progress=p, **shared).predictor,
             )
-            if options.refine:
+            if options.refine and options.tuned_lens:
                 add(f"refined@{layer}", lambda _p, layer=layer: refined(f"ridge@{layer}"))
         if options.extrapolate:
             for name, job in extrapolations(
@@ -182,6 +195,9 @@ def _solve(recorded: Recording, options: FitOptions, exits: tuple[int, ...], rep
                 f"recurrence+features@{layer}",
                 lambda p, reads=reads: fit_recurrence(stream, held_out, reads, lifted, progress=p, **shared).predictor,
             )
+            if options.refine:
+                name = f"recurrence+features@{layer}"
+                add(f"refined-recurrence@{layer}", lambda _p, name=name: refined(name))
     for done, (name, solve) in enumerate(jobs):
         report(f"solve {name}", done, len(jobs))
         solved[name] = replace(solve(lambda _progress: None), name=name)
