@@ -35,7 +35,7 @@ from restpoint.trajectory.record import pack
 from restpoint.trajectory.store import StateStore, StoreLayout
 
 OPTIONS = FitOptions(
-    max_tokens=3200, sequence_length=32, batch=4, features=48, heads=2, vocabulary=40, exit_layers=(0, 2)
+    max_tokens=3200, sequence_length=32, batch=4, features=48, heads=2, vocabulary=40, exit_layers=(0, 2), refine=60
 )
 
 
@@ -62,7 +62,7 @@ def test_every_predictor_is_fitted_measured_and_saved(fitted: tuple[Path, FitRep
     output, report = fitted
     names = {row.predictor for row in report.rows}
     assert names == {
-        *("recurrence@0", "recurrence+features@0", "recurrence@2"),
+        *("recurrence@0", "recurrence+features@0", "refined-recurrence@0", "recurrence@2"),
         *("lens@2", "ridge@2", "monge@2"),
     }
     assert all(0 <= row.acceptance <= 1 and 0 <= row.top1 <= 1 and row.expected_speed for row in report.rows)
@@ -90,7 +90,7 @@ def test_calibrations_say_how_often_drafts_stand(fitted: tuple[Path, FitReport])
                 assert calibration.edges == TABLES[name].make(VOCABULARY, None).edges
 
 
-ALONG_DEPTH = replace(OPTIONS, exit_layers=(1, 3), heads=0, features=0, extrapolate=True, refine=40)
+ALONG_DEPTH = replace(OPTIONS, exit_layers=(1, 3), heads=0, features=0, extrapolate=True, refine=40, tuned_lens=True)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,32 @@ def test_refined_maps_tell_the_laws_better_on_text_kept_aside(
                 found[name] += float((law.exp() * (law - guess)).sum())
     for layer in (1, 3):
         assert found[f"refined@{layer}"] < found[f"ridge@{layer}"]
+
+
+def test_the_refined_recurrence_drafts_the_laws_better_on_text_kept_aside(
+    fitted: tuple[Path, FitReport], tmp_path: Path
+) -> None:
+    """KL to transformers' own logits of the first and second drafted token, over the tokens that may be drafted."""
+    profile = fitted[1].profile
+    assert profile.vocabulary is not None
+    loaded = tiny()
+    recorded = record(loaded, LayeredModel(loaded.model), texts(), OPTIONS, (0, 2), tmp_path, lambda *_: None)
+    found = dict.fromkeys(("recurrence+features@0", "refined-recurrence@0"), 0.0)
+    for index in recorded.held_out:
+        ids, _ = next(recorded.store.read([index]))
+        inner = loaded.model.model
+        with torch.no_grad():
+            rest = recorded.rests(index)[None]
+            law = torch.log_softmax(loaded.model(ids).logits[0][2:, profile.vocabulary], -1)
+            embedded = inner.embed_tokens(ids)
+            for name in found:
+                predictor = profile.predictors[name]
+                first = predictor.predict([embedded[:, 1:]], rest[:, :-1])
+                second = predictor.predict([embedded[:, 2:]], first[:, :-1], 1)
+                for drafted in (first[0, 1:], second[0]):
+                    guess = torch.log_softmax(loaded.model.lm_head(inner.norm(drafted))[:, profile.vocabulary], -1)
+                    found[name] += float((law.exp() * (law - guess)).sum())
+    assert found["refined-recurrence@0"] < 0.95 * found["recurrence+features@0"]
 
 
 class Known(InstantDrafter):
