@@ -73,9 +73,10 @@ class Recording:
         start = self.prompt_length
         return Chunk(chunk.states[:, start:], chunk.rest[:, start:], chunk.layers)
 
-    def set_aside(self) -> Iterator[Chunk]:
-        """Those of all held-out sequences, each by itself."""
-        return (self.held_out_chunk(index) for index in self.held_out)
+    def set_aside(self, most: int | None = None) -> Iterator[Chunk]:
+        """Those of the held-out sequences, each by itself: of all, or of about ``most``, evenly spaced."""
+        every = 1 if most is None else max(1, len(self.held_out) // most)
+        return (self.held_out_chunk(index) for index in self.held_out[::every])
 
     def chunks(self, indices: list[int]) -> Iterator[Chunk]:
         """States in float32; the first position, often an attention sink, is left out."""

@@ -31,6 +31,8 @@ from restpoint.profile import Calibrations, Measured, Profile
 from restpoint.progress import Progress
 
 _ALIKE = 0.97
+_LOOKED_AT = 48
+"""Held-out sequences that say when a refinement has gone far enough."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ def _solve(
 
     held_out = recorded.scored
 
+    def aside() -> Iterator[Chunk]:
+        return recorded.set_aside(_LOOKED_AT)
+
     def stream() -> Iterator[Chunk]:
         return recorded.chunks(recorded.fitted)
 
@@ -159,9 +164,9 @@ def _solve(
             report(f"refine {name}", seen.step, seen.steps)
 
         if isinstance(start, RestPointRecurrence):
-            return refine_recurrence(start, stream, recorded.set_aside, head, settings, progress=look).predictor
+            return refine_recurrence(start, stream, aside, head, settings, progress=look).predictor
         assert isinstance(start, AffinePredictor)
-        return refine(start, stream, recorded.set_aside, head, settings, progress=look).predictor
+        return refine(start, stream, aside, head, settings, progress=look).predictor
 
     head = recorded.head(vocabulary)
 
