@@ -27,15 +27,22 @@
 
 namespace {
 
-constexpr int LANES = 16;
-constexpr int VECTORS = 2;
-constexpr int PANEL = LANES * VECTORS;
-constexpr int TILE = 12;  // tokens whose accumulators (TILE * VECTORS) fit into 32 registers
+// Vectors of the processor's own width: compilers take wider ones to pieces in memory, which is slower than scalars.
+// TILE: tokens whose accumulators (TILE * VECTORS) fit into the registers: 32 of them, or 16 where vectors have 32 bytes.
+constexpr int PANEL = 32;
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE = 12;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE = 3;
+#else
+constexpr int LANES = 4, TILE = 2;
+#endif
+constexpr int VECTORS = PANEL / LANES;
 
-typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(64)));
+typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
 typedef float LooseLanes __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef int32_t IntLanes __attribute__((vector_size(LANES * 4), aligned(64)));
-typedef uint32_t WordLanes __attribute__((vector_size(LANES * 4), aligned(64)));
+typedef int32_t IntLanes __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
+typedef uint32_t WordLanes __attribute__((vector_size(LANES * 4), aligned(LANES * 4)));
 typedef uint16_t HalfLanes __attribute__((vector_size(LANES * 2), aligned(2)));
 
 int thread_count = 1;
@@ -74,7 +81,7 @@ inline void panel(const S* x, int64_t inputs, const S* w, float* out) {
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
       const float entry = (float)x[t * inputs + k];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) sum[t][v] += weight[v] * entry;
     }
   }
@@ -130,9 +137,9 @@ void multiply(const S* x, int64_t tokens, int64_t inputs, int64_t outputs, const
       const S* from = x + done * inputs;
       S* to = y + done * outputs;
       switch (count) {
-#define RESTPOINT_TILE(T) \
-  case T:                 \
-    tile<S, T>(from, inputs, outputs, first, w, bias, to); \
+#define RESTPOINT_TILE(T)                                                           \
+  case T:                                                                           \
+    if constexpr (T <= TILE) tile<S, T>(from, inputs, outputs, first, w, bias, to); \
     break;
         RESTPOINT_TILE(1) RESTPOINT_TILE(2) RESTPOINT_TILE(3) RESTPOINT_TILE(4)
         RESTPOINT_TILE(5) RESTPOINT_TILE(6) RESTPOINT_TILE(7) RESTPOINT_TILE(8)
@@ -179,7 +186,7 @@ inline Lanes exponential(Lanes x) {
   return gone ? Lanes{} : value * (Lanes)power;
 }
 
-// Sixteen (token, head) pairs that share a key head, one per lane.
+// (Token, head) pairs that share a key head, one per lane.
 struct Group {
   int64_t batch, head, first, count;
 };
@@ -216,7 +223,7 @@ void attend_group(const Group& group, const S* q, const S* keys, const S* values
   }
   const int64_t span = std::max<int64_t>(0, stop - start);
   scratch.resize(LANES * (size + span + 2) + AHEAD * size);
-  float* base = (float*)(((uintptr_t)scratch.data() + 63) & ~(uintptr_t)63);
+  float* base = (float*)(((uintptr_t)scratch.data() + LANES * 4 - 1) & ~(uintptr_t)(LANES * 4 - 1));
   float* queries = base;                     // (size, LANES)
   float* scores = queries + size * LANES;    // (span, LANES)
   float* sums = scores + span * LANES;       // (LANES)
@@ -231,8 +238,8 @@ void attend_group(const Group& group, const S* q, const S* keys, const S* values
 
   const S* key = keys + (group.batch * key_heads + group.head) * slots * size;
   Lanes highest = broadcast(-std::numeric_limits<float>::infinity());
-  const IntLanes lane_bits = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                              1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  IntLanes lane_bits = {};
+  for (int lane = 0; lane < LANES; ++lane) lane_bits[lane] = 1 << lane;
   for (int64_t slot = start; slot < stop; slot += AHEAD) {
     const int64_t count = std::min<int64_t>(AHEAD, stop - slot);
     const float* rows_ahead[AHEAD];
@@ -273,7 +280,7 @@ void attend_group(const Group& group, const S* q, const S* keys, const S* values
   *(Lanes*)sums = total;
 
   const S* value = values + (group.batch * key_heads + group.head) * slots * value_size;
-  constexpr int ROWS = 4, COLUMNS = 4;
+  constexpr int ROWS = 4, COLUMNS = TILE * VECTORS < 16 ? 2 : 4;  // as many accumulators
   for (int64_t column = 0; column < value_size; column += COLUMNS * LANES) {
     const int64_t width = std::min<int64_t>(COLUMNS * LANES, value_size - column);
     const bool whole = width == COLUMNS * LANES;
